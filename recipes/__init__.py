@@ -1,0 +1,1 @@
+"""Recipes: whole experiments on the public API; installed as `selectsampler.recipes`."""

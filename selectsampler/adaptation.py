@@ -1,0 +1,293 @@
+"""Data set adaptation: linear adapters that move CLIP's image and text features towards this data set.
+
+Training on labels that may be wrong must not teach the adapters those very labels, so by default every sample is
+aligned by adapters that never saw its label (cross-fitting), and samples that the adapters themselves doubt weigh less.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from selectsampler.embeddings.features import Embeddings
+from selectsampler.progress import progress_bar
+
+__all__ = ["Adapted", "adapt", "info_nce_loss", "prompt_loss"]
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """Embeddings with the adapters that were fitted to them; what `adapt` returns and `score` takes.
+
+    Fold f's adapters were trained without the samples of fold f. They span a space of their own, so that only alignment
+    uses them; distances are taken in `distance_features`.
+
+    Args:
+        embeddings: what was adapted.
+        image_adapters: (F, D, D), float32; an adapted image feature is `image @ image_adapters[f].T`.
+        text_adapters: (F, D, D), float32.
+        folds: (N,), int64, in [0, F): whose adapters align a sample.
+        method: `none`, `info_nce` or `cross_fit`.
+        provenance: the arguments, temperatures and loss curves, as JSON values.
+    """
+
+    embeddings: Embeddings
+    image_adapters: Tensor
+    text_adapters: Tensor
+    folds: Tensor
+    method: str
+    provenance: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def by_fold(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each fold: its rows (n,), their adapted image features (n, D) and all adapted prompts (C, D), float32."""
+        for fold, (image_adapter, text_adapter) in enumerate(zip(self.image_adapters, self.text_adapters, strict=True)):
+            rows = (self.folds == fold).nonzero()[:, 0]
+            image = self.embeddings.image[rows].float() @ image_adapter.T
+            yield rows, image, self.embeddings.text.float() @ text_adapter.T
+
+    @property
+    def distance_features(self) -> Tensor:
+        """(N, D): the space in which samples are compared. The features as they came, or the one adapter's."""
+        if self.method != "info_nce":
+            return self.embeddings.image
+        return self.embeddings.image.float() @ self.image_adapters[0].T
+
+
+def adapt(
+    embeddings: Embeddings,
+    *,
+    method: str = "cross_fit",
+    folds: int = 5,
+    steps: int | None = None,
+    batch_size: int = 512,
+    learning_rate: float = 3e-3,
+    robustness: float = 0.5,
+    shrinkage: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Adapted:
+    """Fit linear, dimension-preserving image and text adapters to a data set, starting from the identity.
+
+    `cross_fit` (ours): each sample is aligned by adapters trained without its fold. The samples of a class are all
+    positives of its prompt: the loss is the mean of the cross-entropy of an image over the prompts and of a prompt over
+    the images (`prompt_loss`). Where a label is unlikely under the adapters being trained its gradient is weighted by
+    likelihood ** robustness, as in generalised cross-entropy (arXiv 1805.07836).
+
+    `info_nce` (arXiv 2410.11215): one pair of adapters, trained on all samples with InfoNCE over (image, prompt of its
+    label) pairs. The paper publishes neither optimizer, rate, length nor temperature, and its code loads one adapter
+    into both modalities by mistake: the identity as a start, Adam with a cosine decay, the number of steps, a learned
+    temperature that starts at 0.07, and the shrinkage are our choices.
+
+    `none`: identities.
+
+    Both add shrinkage / n times the squared distance of the adapters from the identity to the loss (n samples; a
+    Gaussian prior on the adapters), which keeps small data sets from learning their noise and is nothing to large ones.
+
+    >>> adapted = adapt(embeddings)                        # doctest: +SKIP
+    >>> adapted.provenance["loss_curves"][0][-1]           # doctest: +SKIP
+
+    Args:
+        embeddings: of N samples; unreadable ones are left out of the training.
+        method: `cross_fit`, `info_nce` or `none`.
+        folds: F, from 2 to N; `cross_fit` only.
+        steps: gradient steps of each fold; by default 400 for `cross_fit` and 800 for `info_nce`.
+        batch_size: samples a step (all, if there are fewer).
+        learning_rate: Adam's first rate; it decays to zero along a cosine.
+        robustness: in [0, 1]; 0 trusts every label. `cross_fit` only.
+        shrinkage: at least 0; by default 100 for `cross_fit` and 30 for `info_nce`.
+        seed: of the folds and the batches. The same seed on the same machine gives the same adapters.
+        progress: show a bar on a terminal if it takes longer than two seconds.
+
+    Raises:
+        ValueError: for an unknown method, or folds, steps, batch size, robustness or shrinkage out of range.
+    """
+    if not isinstance(embeddings, Embeddings):
+        raise ValueError(f"adapt takes Embeddings, not a {type(embeddings).__name__}: make them with embed().")
+    if method not in ("none", "info_nce", "cross_fit"):
+        raise ValueError(f"method is {method!r}, but it must be 'none', 'info_nce' or 'cross_fit'.")
+    if not 0 <= robustness <= 1:
+        raise ValueError(f"robustness is {robustness}, but it must lie in [0, 1].")
+    if shrinkage is not None and shrinkage < 0:
+        raise ValueError(f"shrinkage is {shrinkage}, but it must not be negative.")
+    if batch_size < 2 or (steps is not None and steps < 1):
+        raise ValueError(f"batch_size={batch_size} and steps={steps}: at least 2 and 1 are needed.")
+    if method == "none":
+        return _identity(embeddings)
+    if method == "info_nce":
+        schedule = Schedule(
+            steps or 800, batch_size, learning_rate, seed, 0.0, 30.0 if shrinkage is None else shrinkage
+        )
+        return _info_nce(embeddings, schedule, progress=progress)
+    shrinkage = 100.0 if shrinkage is None else shrinkage
+    schedule = Schedule(steps or 400, batch_size, learning_rate, seed, robustness, shrinkage)
+    return _cross_fit(embeddings, schedule, folds=folds, progress=progress)
+
+
+def prompt_loss(image: Tensor, text: Tensor, labels: Tensor, temperature: Tensor, robustness: float = 0.0) -> Tensor:
+    """Symmetric cross-entropy of images and class prompts; all images of a class are positives of its prompt.
+
+    With p(c|i) and p(i|c) the softmax of cosine / temperature over the C prompts and over the B images, and y_i a
+    label:
+
+        loss = - 1/2 mean_i w_i [log p(y_i|i) + log p(i|y_i)],    w_i ~ p(y_i|i) ** robustness, of mean 1, no gradient.
+
+    The second term keeps one image's cosine comparable with another's: without it (plain cross-entropy) cosines drift
+    and separate wrong labels far worse than the posterior does.
+
+    Args:
+        image: (..., B, D), float; text: (..., C, D), float; labels: (..., B), int64; temperature: (...), float.
+        robustness: in [0, 1].
+
+    Returns:
+        (...), one loss for each leading index.
+    """
+    logits = _logits(image, text, temperature)
+    of_label = _at_labels(logits.log_softmax(dim=-1), labels)
+    of_image = _at_labels(logits.log_softmax(dim=-2), labels)
+    weights = of_label.detach().exp() ** robustness
+    return -(weights / weights.mean(dim=-1, keepdim=True) * (of_label + of_image)).mean(dim=-1) / 2
+
+
+def info_nce_loss(image: Tensor, text: Tensor, labels: Tensor, temperature: Tensor, robustness: float = 0.0) -> Tensor:
+    """InfoNCE over the B pairs of an image and its label's prompt, as CLIP is trained (arXiv 2410.11215).
+
+    Every other pair of the batch is a negative, those of the same class too. The B x B logits hold each class's column
+    as often as the class is in the batch, so that B x C logits and the counts give the same loss. Arguments as in
+    `prompt_loss`; every label is trusted.
+    """
+    logits = _logits(image, text, temperature)
+    counts = torch.zeros_like(logits[..., 0, :]).scatter_add_(-1, labels, torch.ones_like(logits[..., 0]))
+    over_prompts = (logits + counts.log()[..., None, :]).logsumexp(dim=-1)
+    over_images = logits.logsumexp(dim=-2).gather(-1, labels)
+    return -(2 * _at_labels(logits, labels) - over_prompts - over_images).mean(dim=-1) / 2
+
+
+def _logits(image: Tensor, text: Tensor, temperature: Tensor) -> Tensor:
+    return normalize(image, dim=-1) @ normalize(text, dim=-1).mT / temperature[..., None, None]
+
+
+def _at_labels(values: Tensor, labels: Tensor) -> Tensor:
+    """(..., B): of each image's row the entry of its label."""
+    return values.gather(-1, labels[..., None])[..., 0]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How adapters are trained."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    robustness: float = 0.0
+    shrinkage: float = 0.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: a cosine from `learning_rate` to zero."""
+        return self.learning_rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+
+def _identity(embeddings: Embeddings) -> Adapted:
+    eye = torch.eye(embeddings.image.shape[1], device=embeddings.image.device)[None]
+    folds = torch.zeros_like(embeddings.labels)
+    return Adapted(embeddings, eye, eye, folds, "none", {"method": "none"})
+
+
+def _info_nce(embeddings: Embeddings, schedule: Schedule, *, progress: bool) -> Adapted:
+    rows = _trainable(embeddings)
+    image_adapters, text_adapters, trained = _train(embeddings, [rows], info_nce_loss, schedule, progress=progress)
+    provenance = {"method": "info_nce", **vars(schedule), **trained}
+    return Adapted(
+        embeddings, image_adapters, text_adapters, torch.zeros_like(embeddings.labels), "info_nce", provenance
+    )
+
+
+def _cross_fit(embeddings: Embeddings, schedule: Schedule, *, folds: int, progress: bool) -> Adapted:
+    rows = _trainable(embeddings)
+    if not 2 <= folds <= len(rows):
+        raise ValueError(
+            f"folds is {folds}, but it must lie between 2 and the {len(rows)} readable samples. "
+            "With so few, method='none' is as good."
+        )
+    assignment = torch.zeros_like(embeddings.labels)
+    assignment[rows] = _stratified_folds(embeddings.labels[rows], folds, schedule.seed)
+    seen = [rows[assignment[rows] != fold] for fold in range(folds)]
+    image_adapters, text_adapters, trained = _train(embeddings, seen, prompt_loss, schedule, progress=progress)
+    provenance = {"method": "cross_fit", "folds": folds, **vars(schedule), **trained}
+    return Adapted(embeddings, image_adapters, text_adapters, assignment, "cross_fit", provenance)
+
+
+def _trainable(embeddings: Embeddings) -> Tensor:
+    if embeddings.readable is None:
+        return torch.arange(len(embeddings), device=embeddings.labels.device)
+    return embeddings.readable.nonzero()[:, 0]
+
+
+def _stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
+    """A fold for each sample: random, with every class spread evenly over the folds."""
+    shuffled = np.random.default_rng([seed, folds]).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels.cpu().numpy()[shuffled], kind="stable")]
+    assignment = np.empty(len(labels), dtype=np.int64)
+    assignment[by_class] = np.arange(len(labels)) % folds
+    return torch.from_numpy(assignment).to(labels.device)
+
+
+def _train(
+    embeddings: Embeddings, seen: Sequence[Tensor], loss_of: Loss, schedule: Schedule, *, progress: bool
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """A pair of adapters for each set of rows, (F, D, D) twice, all trained side by side; temperatures, loss curves.
+
+    Nothing of one set reaches the adapters of another: the losses are summed, and Adam works entry by entry.
+    """
+    text, device = embeddings.text.float(), embeddings.text.device
+    eye = torch.eye(text.shape[1], device=device)
+    image_adapters, text_adapters = (eye.repeat(len(seen), 1, 1).requires_grad_() for _ in range(2))
+    log_temperatures = torch.full((len(seen),), math.log(0.07), device=device, requires_grad=True)
+    shrinkage = schedule.shrinkage / torch.tensor([len(rows) for rows in seen], device=device)
+    optimizer = torch.optim.Adam([image_adapters, text_adapters, log_temperatures], lr=schedule.learning_rate)
+    curve = []
+    with progress_bar("adapt", schedule.steps, unit="step", show=progress) as bar:
+        for step, batch in zip(range(schedule.steps), _batches(seen, schedule), strict=False):
+            optimizer.param_groups[0]["lr"] = schedule.rate(step)
+            image, labels = embeddings.image[batch].float(), embeddings.labels[batch]
+            adapted = image @ image_adapters.mT, text @ text_adapters.mT
+            losses = loss_of(*adapted, labels, log_temperatures.exp(), schedule.robustness)
+            distances = (image_adapters - eye).square().sum((1, 2)) + (text_adapters - eye).square().sum((1, 2))
+            losses = losses + shrinkage * distances
+            optimizer.zero_grad()
+            losses.sum().backward()
+            optimizer.step()
+            if step % math.ceil(schedule.steps / 20) == 0 or step == schedule.steps - 1:
+                curve.append(losses.detach())
+            bar.update()
+    trained = {
+        "temperatures": log_temperatures.detach().exp().tolist(),
+        "loss_curves": torch.stack(curve, dim=1).tolist(),
+    }
+    return image_adapters.detach(), text_adapters.detach(), trained
+
+
+def _batches(seen: Sequence[Tensor], schedule: Schedule) -> Iterator[Tensor]:
+    """(F, B) rows, without end: a batch of each set, drawn for itself, all of one size."""
+    size = min([schedule.batch_size, *(len(rows) for rows in seen)])
+    streams = [_batches_of(rows, size, seed=(schedule.seed, fold)) for fold, rows in enumerate(seen)]
+    for batches in zip(*streams, strict=True):
+        yield torch.stack(batches)
+
+
+def _batches_of(rows: Tensor, size: int, *, seed: tuple[int, int]) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    while True:
+        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        for start in range(0, len(rows) - size + 1, size):
+            yield rows[order[start : start + size]]

@@ -1,0 +1,330 @@
+"""The files of a DataComp pool: parquet metadata and npz embeddings, row by row the same samples."""
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from selectsampler.datacomp.uids import parse_uids
+from selectsampler.store import replace_atomically
+
+__all__ = ["Member", "Pool", "Shard", "ShardError", "open_pool", "read_pool"]
+
+MEMBERS = ("b32_img", "b32_txt", "l14_img", "l14_txt")
+BLOCK = 16_384  # rows that are read at once where a member is walked through
+
+
+class ShardError(ValueError):
+    """A shard that cannot be read; `shard` is its name, and the message says why."""
+
+    def __init__(self, shard: str, reason: str) -> None:
+        super().__init__(f"Shard {shard} cannot be used: {reason}")
+        self.shard = shard
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardError, (self.shard, self.reason)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One array of a shard's npz: its header, and where its rows lie if they are stored as they are in a local file."""
+
+    name: str
+    rows: int
+    dim: int
+    dtype: str
+    crc: int
+    offset: int | None
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dim * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """`NAME.parquet` and `NAME.npz` of a pool."""
+
+    name: str
+    rows: int
+    members: Mapping[str, Member] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells this content from another's: the checksums that the npz itself holds."""
+        return [self.name, self.rows, *([m.name, m.dim, m.dtype, m.crc] for m in self.members.values())]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A folder of shards, in the order of their names; rows are numbered through all of them.
+
+    >>> pool = open_pool("metadata", members=["l14_img", "l14_txt"])        # doctest: +SKIP
+    >>> pool.rows, len(pool.shards), pool.broken                            # doctest: +SKIP
+    (128000000, 253, {})
+    """
+
+    folder: str
+    shards: tuple[Shard, ...]
+    broken: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(shards + 1,), int64: the first row of each shard, and the number of rows."""
+        return np.cumsum([0, *(shard.rows for shard in self.shards)])
+
+    def without(self, broken: Mapping[str, str]) -> "Pool":
+        """The pool without some shards, which are listed instead."""
+        shards = tuple(shard for shard in self.shards if shard.name not in broken)
+        return Pool(self.folder, shards, {**self.broken, **broken})
+
+    def columns(
+        self, shard: Shard, names: Sequence[str], rows: np.ndarray | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Some columns of a shard's parquet, block by block, of all rows or of the mask `rows`; uids as numbers."""
+        parquet = _parquet()
+        fs, root = _file_system(self.folder)
+        first = 0
+        try:
+            with fs.open(f"{root}/{shard.name}.parquet", "rb") as file:
+                for batch in parquet.ParquetFile(file).iter_batches(BLOCK * 4, columns=list(names)):
+                    size = batch.num_rows
+                    if rows is not None:
+                        batch = batch.filter(_as_arrow(rows[first : first + size]))
+                    columns = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in names}
+                    yield {k: parse_uids(v, first=first) if k == "uid" else v for k, v in columns.items()}
+                    first += size
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ShardError(shard.name, f"its parquet fails from row {first} on ({error}).") from error
+
+    def blocks(self, shard: Shard, member: str) -> Iterator[np.ndarray]:
+        """(b, D): all rows of one member, block by block, streamed, with the checksum verified at the end."""
+        header = shard.members[member]
+        try:
+            with (
+                self._open_npz(shard) as file,
+                zipfile.ZipFile(file) as archive,
+                archive.open(f"{member}.npy") as stream,
+            ):
+                _read_header(stream)
+                for start in range(0, header.rows, BLOCK):
+                    rows = min(BLOCK, header.rows - start)
+                    content = _read_exactly(stream, rows * header.row_bytes)
+                    yield np.frombuffer(content, dtype=header.dtype).reshape(rows, header.dim)
+                if stream.read(1):  # the end of the member, where its checksum is compared
+                    raise zipfile.BadZipFile("bytes follow the array")
+        except (OSError, EOFError, zipfile.BadZipFile, struct.error, zlib.error) as error:
+            raise ShardError(shard.name, f"{member} cannot be read ({error}). Fetch the file again.") from error
+
+    def rows_of(self, shard: Shard, member: str, rows: np.ndarray, inflated: Path | None = None) -> np.ndarray:
+        """(n, D): some rows of one member, ascending, through a memory map that is gone again afterwards."""
+        header = shard.members[member]
+        path, offset = (inflated, 0) if inflated is not None else (self._local_npz(shard), header.offset)
+        if not len(rows):
+            return np.empty((0, header.dim), dtype=header.dtype)
+        try:
+            # as bytes: a member of a zip starts anywhere, and numbers want to be aligned
+            content = np.memmap(path, np.uint8, "r", offset=offset or 0, shape=(header.rows, header.row_bytes))
+        except (OSError, ValueError) as error:
+            raise ShardError(shard.name, f"{member} cannot be mapped ({error}). Was the file replaced?") from error
+        return content.take(rows, axis=0).view(header.dtype)
+
+    def inflate(self, shard: Shard, member: str, path: Path) -> None:
+        """Write one member's rows to a file of their own, for a memory map; whole or not at all."""
+        with replace_atomically(path) as file:
+            for block in self.blocks(shard, member):
+                file.write(block.data)
+
+    def _open_npz(self, shard: Shard) -> BinaryIO:
+        fs, root = _file_system(self.folder)
+        return fs.open(f"{root}/{shard.name}.npz", "rb")
+
+    def _local_npz(self, shard: Shard) -> str:
+        return f"{_file_system(self.folder)[1]}/{shard.name}.npz"
+
+
+def open_pool(
+    folder: Path | str,
+    *,
+    members: Sequence[str] = (),
+    columns: Sequence[str] = ("uid",),
+    skip_broken: bool = False,
+    threads: int = 8,
+) -> Pool:
+    """Look at the headers of all shards: what there is, how many rows, and that parquet and npz agree.
+
+    Args:
+        folder: local, or any fsspec URL (`s3://bucket/metadata`); flat, with `NAME.parquet` and `NAME.npz`.
+        members: arrays of the npz that will be read; none: the npz need not be there.
+        columns: columns of the parquet that will be read.
+        skip_broken: list a shard that cannot be used in `Pool.broken` and go on, instead of stopping.
+        threads: how many shards are looked at at the same time.
+
+    Raises:
+        ShardError: naming the first shard that cannot be used, and why.
+        ValueError: if the folder holds no shard.
+    """
+    fs, root = _file_system(str(folder))
+    names = sorted(Path(path).stem for path in fs.ls(root, detail=False) if path.endswith(".parquet"))
+    if not names:
+        raise ValueError(f"{folder} holds no .parquet file. A pool is a flat folder of NAME.parquet and NAME.npz.")
+    with ThreadPoolExecutor(threads) as executor:
+        found = list(executor.map(lambda name: _try_open(str(folder), name, members, columns), names))
+    broken = {error.shard: error.reason for error in found if isinstance(error, ShardError)}
+    if broken and not skip_broken:
+        name, reason = next(iter(broken.items()))
+        raise ShardError(name, f"{reason} ({len(broken)} of {len(names)} shards; skip_broken goes on without them.)")
+    shards = tuple(shard for shard in found if isinstance(shard, Shard))
+    if not shards:
+        raise ValueError(f"No shard of {folder} can be used: {broken}")
+    dims = {(m.name, m.dim) for shard in shards for m in shard.members.values()}
+    if len(dims) > len(members):
+        raise ValueError(f"The shards of {folder} differ in dimension: {sorted(dims)}. Were two pools mixed?")
+    return Pool(str(folder), shards, broken)
+
+
+def read_pool(
+    folder: Path | str, keys: Sequence[str], *, skip_broken: bool = False
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Walk through a pool shard by shard: (name, {key: array}).
+
+    >>> for name, shard in read_pool("metadata", ["uid", "clip_l14_similarity_score", "l14_img"]):    # doctest: +SKIP
+    ...     print(name, shard["uid"][0], shard["l14_img"].shape)
+
+    Args:
+        folder: local, or any fsspec URL.
+        keys: columns of the parquet and members of the npz (`b32_img`, `b32_txt`, `l14_img`, `l14_txt`). Uids come as
+            numbers of dtype "u8,u8"; stored members of local files as memory maps, others are read.
+        skip_broken: leave a broken shard out instead of stopping; `open_pool` lists them.
+
+    Raises:
+        ShardError: naming the shard that cannot be used, and why.
+    """
+    members = [key for key in keys if key in MEMBERS]
+    columns = [key for key in keys if key not in MEMBERS]
+    pool = open_pool(folder, members=members, columns=columns, skip_broken=skip_broken)
+    for shard in pool.shards:
+        try:
+            parts = list(pool.columns(shard, columns)) if columns else []
+            arrays = {name: np.concatenate([part[name] for part in parts]) for name in columns} if parts else {}
+            for name in members:
+                arrays[name] = _whole(pool, shard, name)
+        except ShardError:
+            if not skip_broken:
+                raise
+            continue
+        yield shard.name, {key: arrays[key] for key in keys if key in arrays}
+
+
+def _whole(pool: Pool, shard: Shard, name: str) -> np.ndarray:
+    member = shard.members[name]
+    if member.offset is None:
+        return np.concatenate(list(pool.blocks(shard, name)))
+    path = pool._local_npz(shard)
+    return np.memmap(path, member.dtype, "r", offset=member.offset, shape=(member.rows, member.dim))
+
+
+def _try_open(folder: str, name: str, members: Sequence[str], columns: Sequence[str]) -> Shard | ShardError:
+    try:
+        return _open_shard(folder, name, members, columns)
+    except ShardError as error:
+        return error
+    except Exception as error:  # pyarrow and the file systems of fsspec raise what they like
+        return ShardError(name, f"{type(error).__name__}: {error}")
+
+
+def _open_shard(folder: str, name: str, members: Sequence[str], columns: Sequence[str]) -> Shard:
+    fs, root = _file_system(folder)
+    with fs.open(f"{root}/{name}.parquet", "rb") as file:
+        metadata = _parquet().ParquetFile(file)
+        rows, there = metadata.metadata.num_rows, set(metadata.schema_arrow.names)
+    lacking = [column for column in columns if column not in there]
+    if lacking:
+        raise ShardError(name, f"its parquet lacks the column {lacking[0]!r}; it has {', '.join(sorted(there))}.")
+    if not members:
+        return Shard(name, rows)
+    path = f"{root}/{name}.npz"
+    if not fs.exists(path):
+        raise ShardError(name, "its npz is missing.")
+    with fs.open(path, "rb") as file:
+        found = {member: _open_member(file, member, name, local=_is_local(fs)) for member in members}
+    for member in found.values():
+        if member.rows != rows:
+            raise ShardError(name, f"{member.name} has {member.rows} rows, but the parquet has {rows}.")
+    return Shard(name, rows, found)
+
+
+def _open_member(file: BinaryIO, name: str, shard: str, *, local: bool) -> Member:
+    with zipfile.ZipFile(file) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            raise ShardError(shard, f"its npz lacks {name}; it has {', '.join(archive.namelist())}.")
+        entry = archive.getinfo(f"{name}.npy")
+        with archive.open(entry) as stream:
+            shape, fortran, dtype = _read_header(stream)
+            header_bytes = stream.tell()
+        if len(shape) != 2 or fortran or dtype.kind != "f" or dtype.byteorder == ">":
+            raise ShardError(shard, f"{name} is {dtype} of shape {shape}, but must be floats of shape (N, D) in rows.")
+        offset = None
+        if local and entry.compress_type == zipfile.ZIP_STORED:
+            file.seek(entry.header_offset + 26)  # a local header: 30 bytes, its name and its extra field
+            name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+            offset = entry.header_offset + 30 + name_bytes + extra_bytes + header_bytes
+            if offset + shape[0] * shape[1] * dtype.itemsize > os.fstat(file.fileno()).st_size:
+                raise ShardError(shard, f"{name} is cut short. Fetch the file again.")
+        return Member(name, shape[0], shape[1], dtype.str, entry.CRC, offset)
+
+
+def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(stream)
+    read: Callable[..., Any] = (
+        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    )
+    return read(stream)
+
+
+def _read_exactly(stream: Any, size: int) -> bytes:
+    content = stream.read(size)
+    if len(content) < size:
+        raise EOFError(f"{size - len(content)} bytes are missing")
+    return content
+
+
+def _file_system(folder: str) -> tuple[Any, str]:
+    try:
+        import fsspec
+    except ImportError:
+        raise ImportError("Pools need fsspec and pyarrow: pip install 'selectsampler[datacomp]'.") from None
+    fs, root = fsspec.core.url_to_fs(folder)
+    return fs, root.rstrip("/")
+
+
+def _is_local(fs: Any) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(fs, LocalFileSystem)
+
+
+def _as_arrow(mask: np.ndarray) -> Any:
+    import pyarrow
+
+    return pyarrow.array(mask)
+
+
+def _parquet() -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ImportError("Pools need fsspec and pyarrow: pip install 'selectsampler[datacomp]'.") from None
+    return parquet

@@ -1,0 +1,388 @@
+"""Scores of a pool that is too large for memory: part by part, in threads and ranks, every part kept.
+
+A part is a file whose name says what made it, so that a run that died goes on, on any number of ranks. Parts are
+computed on one thread each and in the same shapes wherever they are, so that any number of ranks gives equal bits.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import rmtree
+from threading import Event
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selectsampler.datacomp.pool import Pool, Shard, ShardError
+from selectsampler.datacomp.ranks import collect, everyone, split_by_size
+from selectsampler.distributed import process_count, process_rank
+from selectsampler.precision import full_precision
+from selectsampler.progress import progress_bar
+from selectsampler.scores.s_clip_loss import batch_sizes, s_clip_loss_of_batch, shuffled
+from selectsampler.store import FORMAT, digest_json, read_tensors, write_tensors
+
+__all__ = ["Run", "ShrunkPoolError", "group_shards", "score_by_shard", "score_s_clip_loss"]
+
+PART_ROWS = 131_072  # at least a batch; what a kill costs a thread, at most
+
+
+class ShrunkPoolError(Exception):
+    """Shards turned out to be broken while they were read; every rank raises it with all of them."""
+
+    def __init__(self, broken: Mapping[str, str]) -> None:
+        super().__init__(f"{len(broken)} shards are broken: {dict(broken)}")
+        self.broken = dict(broken)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how parts are computed; nothing here changes a score, but for the device's rounding."""
+
+    work: Path
+    threads: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    progress: bool = True
+    scratch: Path | None = None  # members that cannot be mapped are kept here, written out, for all repetitions
+    stopped: Event = field(
+        default_factory=Event
+    )  # set where the run ends early, so that threads do not finish their parts
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of scores: its name, how many it holds, and how they are made."""
+
+    name: str
+    rows: int
+    compute: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Parts that read the same files: `prepare` comes before the first and `close` after the last."""
+
+    parts: Sequence[Part]
+    prepare: Callable[[], None] = lambda: None
+    close: Callable[[], None] = lambda: None
+
+
+def group_shards(shards: int, size: int, *, seed: tuple[int, ...]) -> list[list[int]]:
+    """Shards dealt into groups of at least `size` (all, if there are fewer), drawn anew for each seed.
+
+    >>> [len(group) for group in group_shards(10, 4, seed=(0, 0))]
+    [5, 5]
+    """
+    order = shuffled(shards, seed=seed)
+    return [sorted(group.tolist()) for group in np.array_split(order, max(1, shards // size))]
+
+
+def score_s_clip_loss(
+    pool: Pool,
+    run: Run,
+    *,
+    image: str,
+    text: str,
+    temperature: float,
+    batch_size: int,
+    repeats: int,
+    seed: int,
+    group_size: int,
+) -> tuple[np.ndarray | None, dict[str, Any]]:
+    """s-CLIPLoss of every row of a pool: (N,) float32 on rank 0, None on others; and how.
+
+    In repetition k the shards are dealt into groups, seeded by (seed, k), and the rows of a group into batches, seeded
+    by (seed, k, group). So a sample may meet any other of the pool, and a rank reads no shards but its groups'.
+    """
+    names = sorted([*(shard.name for shard in pool.shards), *pool.broken])
+    by_name = {shard.name: number for number, shard in enumerate(pool.shards)}
+    groups: list[_Group] = []
+    for repeat in range(repeats):
+        dealt = group_shards(len(names), group_size, seed=(seed, repeat))
+        for number, members in enumerate(
+            _merge_small([[by_name[names[i]] for i in m if names[i] in by_name] for m in dealt])
+        ):
+            groups.append(_Group(pool, run, (image, text), members, (seed, repeat, number), batch_size, temperature))
+    rooms = [Room(group.parts(), group.prepare, group.close) for group in groups]
+    compute_parts(rooms, run, description="s-CLIPLoss")
+    details = {
+        "batch_sizes": sorted({size for group in groups for size in group.sizes}),
+        "group_shards": sorted({len(group.shards) for group in groups}),
+    }
+    if process_rank() > 0:
+        return None, details
+    total, offsets = np.zeros(pool.rows, dtype=np.float32), pool.offsets
+    for group, room in zip(groups, rooms, strict=True):
+        scores = group.assemble(room.parts)
+        for number, first, last in zip(group.shards, group.offsets[:-1], group.offsets[1:], strict=True):
+            total[offsets[number] : offsets[number + 1]] += scores[first:last]
+    total /= np.float32(repeats)
+    return total, details
+
+
+class _Group:
+    """Some shards whose rows are dealt into batches together."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        run: Run,
+        members: tuple[str, str],
+        shards: Sequence[int],
+        seed: tuple[int, ...],
+        batch_size: int,
+        temperature: float,
+    ) -> None:
+        self.pool, self.run, self.members, self.shards = pool, run, members, list(shards)
+        self.seed, self.temperature = seed, temperature
+        self.offsets = np.cumsum([0, *(pool.shards[number].rows for number in shards)])
+        self.sizes = batch_sizes(int(self.offsets[-1]), batch_size)
+        self.starts = np.cumsum([0, *self.sizes])
+        identities = [pool.shards[number].identity for number in shards]
+        self.key = [
+            "s-clip-loss",
+            FORMAT,
+            list(members),
+            temperature,
+            batch_size,
+            list(seed),
+            identities,
+            run.device.type,
+        ]
+        self._order: np.ndarray | None = None
+        self._scratch: Path | None = None
+
+    def parts(self) -> list[Part]:
+        """The batches, a few to a file."""
+        step = max(1, PART_ROWS // max(self.sizes))
+        parts = []
+        for first in range(0, len(self.sizes), step):
+            batches = range(first, min(first + step, len(self.sizes)))
+            rows = int(self.starts[batches.stop] - self.starts[first])
+            name = digest_json([self.key, first, batches.stop])[:24]
+            parts.append(Part(name, rows, lambda batches=batches: self._score(batches)))  # type: ignore[misc]
+        return parts
+
+    def prepare(self) -> None:
+        """Draw the order, and write members that cannot be mapped to files of their own, for as long as needed."""
+        self._order = shuffled(int(self.offsets[-1]), seed=self.seed)
+        shards = [self.pool.shards[number] for number in self.shards]
+        packed = [(shard, m) for shard in shards for m in self.members if shard.members[m].offset is None]
+        if packed:
+            self._scratch = self.run.scratch or self.run.work / f"scratch-{os.getpid()}-{uuid4().hex[:8]}"
+            with ThreadPoolExecutor(max(1, self.run.threads)) as executor:
+                list(executor.map(lambda one: self._inflate(*one), packed))
+
+    def close(self) -> None:
+        """Forget what `prepare` made."""
+        self._order = None
+        if self._scratch is not None and self._scratch != self.run.scratch:
+            rmtree(self._scratch, ignore_errors=True)
+        self._scratch = None
+
+    def _inflated(self, shard: Shard, member: str) -> Path | None:
+        """Where a member lies that cannot be mapped in place, or None: its name says what it holds."""
+        header = shard.members[member]
+        if header.offset is not None or self._scratch is None:
+            return None
+        return self._scratch / f"{shard.name}-{member}-{header.rows}-{header.crc:08x}"
+
+    def _inflate(self, shard: Shard, member: str) -> None:
+        path = self._inflated(shard, member)
+        if path is not None and not path.exists():
+            self.pool.inflate(shard, member, path)
+
+    def assemble(self, parts: Sequence[Part]) -> np.ndarray:
+        """(n,), float32: the scores of the group's rows in their own order, from its parts."""
+        order = shuffled(int(self.offsets[-1]), seed=self.seed)
+        for start, stop in zip(self.starts[:-1], self.starts[1:], strict=True):
+            order[start:stop].sort()
+        scores = np.empty(len(order), dtype=np.float32)
+        first = 0
+        for part in parts:
+            scores[order[first : first + part.rows]] = _read(self.run, part.name).numpy()
+            first += part.rows
+        return scores
+
+    def _score(self, batches: range) -> Tensor:
+        if self._order is None:
+            raise RuntimeError("The group was not prepared.")
+        scores = []
+        for batch in batches:
+            if self.run.stopped.is_set():
+                raise CancelledError
+            rows = np.sort(self._order[self.starts[batch] : self.starts[batch + 1]])
+            image, text = (torch.from_numpy(self._gather(member, rows)).to(self.run.device) for member in self.members)
+            try:
+                scores.append(s_clip_loss_of_batch(image, text, temperature=self.temperature).cpu())
+            except ValueError:
+                self._blame(rows, image, text)
+                raise
+        return torch.cat(scores)
+
+    def _gather(self, member: str, rows: np.ndarray) -> np.ndarray:
+        """(n, D): rows of the group, ascending, of one member."""
+        bounds = np.searchsorted(rows, self.offsets)
+        found = []
+        for place, number in enumerate(self.shards):
+            inside = rows[bounds[place] : bounds[place + 1]] - self.offsets[place]
+            shard = self.pool.shards[number]
+            found.append(self.pool.rows_of(shard, member, inside, self._inflated(shard, member)))
+        return np.concatenate(found)
+
+    def _blame(self, rows: np.ndarray, image: Tensor, text: Tensor) -> None:
+        """Name the shard and the row of a feature that cannot be used."""
+        for member, features in zip(self.members, (image, text), strict=True):
+            lengths = features.float().norm(dim=1).cpu()
+            bad = (~((lengths > 0) & lengths.isfinite())).nonzero()[:, 0]
+            if len(bad):
+                row = int(rows[int(bad[0])])
+                place = int(np.searchsorted(self.offsets, row, "right")) - 1
+                name = self.pool.shards[self.shards[place]].name
+                raise ShardError(name, f"row {row - int(self.offsets[place])} of {member} is zero or not finite.")
+
+
+def score_by_shard(
+    pool: Pool,
+    run: Run,
+    candidates: np.ndarray,
+    compute: Callable[[Shard, np.ndarray], np.ndarray],
+    *,
+    key: Sequence[object],
+    description: str,
+) -> np.ndarray | None:
+    """Scores of the candidates (N,) bool, shard by shard: (N,) float32 on rank 0, where the others count as -inf.
+
+    Args:
+        pool: the pool.
+        run: where and how.
+        candidates: which rows are scored.
+        compute: takes a shard and the mask of its candidates, and gives the float32 scores of these.
+        key: what else the scores depend on, as JSON values.
+        description: for the progress bar.
+    """
+    offsets = pool.offsets
+    parts = []
+    for number, shard in enumerate(pool.shards):
+        mask = candidates[offsets[number] : offsets[number + 1]]
+        name = digest_json([*key, FORMAT, shard.identity, np.packbits(mask).tobytes().hex(), run.device.type])[:24]
+        parts.append(Part(name, shard.rows, lambda s=shard, m=mask: torch.from_numpy(compute(s, m))))  # type: ignore[misc]
+    compute_parts([Room(parts)], run, description=description)
+    if process_rank() > 0:
+        return None
+    scores = np.full(pool.rows, -np.inf, dtype=np.float32)
+    for number, part in enumerate(parts):
+        mask = candidates[offsets[number] : offsets[number + 1]]
+        scores[offsets[number] : offsets[number + 1]][mask] = _read(run, part.name).numpy()
+    return scores
+
+
+def compute_parts(rooms: Sequence[Room], run: Run, *, description: str) -> None:
+    """Compute what no rank has yet, each rank its share, and bring rank 0 what it lacks.
+
+    Raises:
+        ShrunkPoolError: on every rank, if a shard is broken; parts that do not need it are finished first.
+    """
+    parts = [part for room in rooms for part in room.parts]
+    there = set().union(*everyone(_present(run, parts)))
+    rows = {part.name: part.rows for part in parts}
+    mine = _share(rooms, there)
+    done = sum(rows[name] for name in there)
+    broken: dict[str, str] = {}
+    show = run.progress and process_rank() == 0
+    total = done + sum(rows[name] for name in mine)
+    with progress_bar(description, total, unit="row", initial=done, show=show) as bar, _one_thread_each():
+        for room in rooms:
+            some = [part for part in room.parts if part.name in mine]
+            if some:
+                _compute_room(Room(some, room.prepare, room.close), run, bar.update, broken)
+    everywhere = {name: reason for found in everyone(broken) for name, reason in found.items()}
+    if everywhere:
+        raise ShrunkPoolError(everywhere)
+    collect(
+        [part.name for part in parts],
+        _present(run, parts),
+        read=lambda name: _read(run, name),
+        write=lambda name, scores: _write(run, name, scores),
+    )
+
+
+def _compute_room(room: Room, run: Run, advance: Callable[[int], object], broken: dict[str, str]) -> None:
+    """Compute the parts of one room in threads; a broken shard is noted, and what does not need it goes on."""
+    executor = ThreadPoolExecutor(max(1, run.threads))
+    try:
+        room.prepare()
+        futures = {executor.submit(_finish, part, run): part for part in room.parts}
+        for future in as_completed(futures):
+            try:
+                future.result()
+            except ShardError as problem:
+                broken[problem.shard] = problem.reason
+            advance(futures[future].rows)
+    except ShardError as problem:
+        broken[problem.shard] = problem.reason
+    except BaseException:
+        run.stopped.set()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+        room.close()
+
+
+def _share(rooms: Sequence[Room], there: set[str]) -> set[str]:
+    """The names of the missing parts that this rank takes: neighbours, so that it reads few files, or else by size."""
+    missing = [part for room in rooms for part in room.parts if part.name not in there]
+    rank, ranks = process_rank(), process_count()
+    if len(rooms) == 1:
+        return {missing[item].name for item in split_by_size([part.rows for part in missing], ranks)[rank]}
+    middles = np.cumsum([part.rows for part in missing]) - np.array([part.rows for part in missing]) / 2
+    total = sum(part.rows for part in missing)
+    return {part.name for part, middle in zip(missing, middles, strict=True) if int(middle * ranks // total) == rank}
+
+
+def _merge_small(groups: list[list[int]]) -> list[list[int]]:
+    """Groups that broken shards left with fewer than two go to the one before them: no shard is a group of its own."""
+    merged: list[list[int]] = []
+    for group in groups:
+        if merged and (len(group) < 2 or len(merged[-1]) < 2):
+            merged[-1] = sorted(merged[-1] + group)
+        elif group:
+            merged.append(group)
+    return merged
+
+
+def _finish(part: Part, run: Run) -> None:
+    _write(run, part.name, part.compute())
+
+
+def _path(run: Run, name: str) -> Path:
+    return run.work / f"{name}.safetensors"
+
+
+def _present(run: Run, parts: Sequence[Part]) -> set[str]:
+    return {part.name for part in parts if _path(run, part.name).exists()}
+
+
+def _read(run: Run, name: str) -> Tensor:
+    return read_tensors(_path(run, name), kind="pool part")[0]["scores"]
+
+
+def _write(run: Run, name: str, scores: Tensor) -> None:
+    write_tensors(_path(run, name), {"scores": scores.float()}, {"kind": "pool part", "format": FORMAT})
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Products on one thread: how many there are changes the rounding, and parts are computed side by side anyway."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with full_precision():
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,99 @@
+"""Checks of what others made: do a pool's similarities follow from its embeddings, is a uid file fit to search?"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from selectsampler.datacomp.pool import Pool, Shard, ShardError, open_pool
+from selectsampler.datacomp.uids import UID, first_unsorted, sort_uids
+from selectsampler.progress import progress_bar
+from selectsampler.scores.s_clip_loss import inverse_lengths
+
+__all__ = ["verify_pool", "verify_uids"]
+
+
+def verify_pool(
+    folder: Path | str, *, arch: str = "l14", tolerance: float = 2e-3, threads: int = 2, progress: bool = True
+) -> dict[str, Any]:
+    """Recompute every cosine of a pool from its npz and compare it with the parquet's similarity column.
+
+    >>> verify_pool("metadata", arch="b32")["problems"]    # doctest: +SKIP
+    {}
+
+    Args:
+        folder: local or any fsspec URL.
+        arch: `l14` or `b32`.
+        tolerance: how far they may be apart. Storing embeddings in float16 alone moves a cosine by up to 5e-4.
+        threads: shards read side by side.
+        progress: show a bar on a terminal.
+
+    Returns:
+        {"rows": N, "shards": {name: {"rows", "mean_difference", "largest_difference"}}, "problems": {name: sentence}}.
+    """
+    members, column = [f"{arch}_img", f"{arch}_txt"], f"clip_{arch}_similarity_score"
+    pool = open_pool(folder, members=members, columns=["uid", column], skip_broken=True)
+    problems: dict[str, str] = dict(pool.broken)
+    shards: dict[str, dict[str, Any]] = {}
+    with progress_bar("verify", pool.rows, unit="row", show=progress) as bar, ThreadPoolExecutor(threads) as executor:
+        found = executor.map(lambda shard: _verify_shard(pool, shard, members, column), pool.shards)
+        for shard, result in zip(pool.shards, found, strict=True):
+            bar.update(shard.rows)
+            if isinstance(result, str):
+                problems[shard.name] = result
+                continue
+            shards[shard.name] = result
+            if result["largest_difference"] > tolerance:
+                problems[shard.name] = (
+                    f"{column} differs from the cosine of its embeddings by up to {result['largest_difference']:.2g} "
+                    f"(in row {result.pop('worst_row')}, tolerance {tolerance:.2g}). Are rows or models mixed up?"
+                )
+            result.pop("worst_row", None)
+    return {"rows": pool.rows, "shards": shards, "problems": problems}
+
+
+def verify_uids(path: Path | str) -> dict[str, Any]:
+    """What a uid file holds and whether DataComp's readers can search it.
+
+    Returns:
+        {"uids", "distinct", "most_repeated", "problems": [sentences]}; without problems it is fit to train on.
+    """
+    try:
+        uids = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        return {"uids": 0, "distinct": 0, "most_repeated": 0, "problems": [f"It cannot be read as an array: {error}"]}
+    if not isinstance(uids, np.ndarray) or uids.dtype != UID or uids.ndim != 1:
+        found = f"{uids.dtype} of shape {uids.shape}" if isinstance(uids, np.ndarray) else "several arrays"
+        problem = f"It holds {found}, but uids are {UID} of shape (n,)."
+        return {"uids": 0, "distinct": 0, "most_repeated": 0, "problems": [problem]}
+    problems = []
+    place = first_unsorted(uids)
+    if place is not None:
+        problems.append(f"It is not sorted: entry {place} is lower than the one before it. Readers would lose samples.")
+    ordered = sort_uids(uids)
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ordered) else np.zeros(0, int)
+    counts = np.diff(np.append(starts, len(ordered)))
+    most = int(counts.max()) if len(counts) else 0
+    return {"uids": len(uids), "distinct": len(starts), "most_repeated": most, "problems": problems}
+
+
+def _verify_shard(pool: Pool, shard: Shard, members: list[str], column: str) -> dict[str, Any] | str:
+    try:
+        stated = np.concatenate([block[column] for block in pool.columns(shard, [column])]).astype(np.float64)
+        largest, total, worst, first = 0.0, 0.0, 0, 0
+        for image, text in zip(*(pool.blocks(shard, member) for member in members), strict=True):
+            images, texts = torch.from_numpy(image.copy()), torch.from_numpy(text.copy())
+            lengths = inverse_lengths(images, name=members[0]) * inverse_lengths(texts, name=members[1])
+            cosines = ((images.float() * texts.float()).sum(dim=1) * lengths).double().numpy()
+            difference = np.abs(cosines - stated[first : first + len(cosines)])
+            if not np.isfinite(difference).all():
+                return f"{column} holds NaN in row {first + int((~np.isfinite(difference)).argmax())}."
+            if difference.max() > largest:
+                largest, worst = float(difference.max()), first + int(difference.argmax())
+            total, first = total + float(difference.sum()), first + len(cosines)
+    except (ShardError, ValueError) as error:
+        return str(error)
+    mean = total / max(1, shard.rows)
+    return {"rows": shard.rows, "mean_difference": mean, "largest_difference": largest, "worst_row": worst}

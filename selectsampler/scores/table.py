@@ -1,0 +1,221 @@
+"""All scores of a data set side by side, on one scale, with what they came from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selectsampler.adaptation import Adapted, adapt
+from selectsampler.embeddings.features import Embeddings
+from selectsampler.export import write_table
+from selectsampler.progress import progress_bar
+from selectsampler.scores.alignment import semantic_alignment
+from selectsampler.scores.diversity import default_neighbours, sample_diversity
+from selectsampler.store import FORMAT, pack_strings, read_tensors, unpack_strings, write_tensors
+from selectsampler.validation import check_mask, check_vector
+
+__all__ = ["Scores", "score"]
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One column a score, one row a sample; higher is better.
+
+    >>> scores = Scores({"semantic_alignment": torch.tensor([0.1, 0.3, 0.2])})
+    >>> scores.scaled("semantic_alignment")
+    tensor([0.0000, 1.0000, 0.5000])
+
+    Args:
+        columns: name -> (N,), float32, finite, as the score's own function gives it (before scaling).
+        labels: (N,), int64, or None where there are no classes.
+        class_names: C names, or None.
+        eligible: (N,), bool; False rows (unreadable images) are never selected and take no part in scaling. None: all.
+        keys: N file names, or None.
+        scaling: `min_max`: (s - min) / (max - min); `rank`: the share of samples that score lower, ties in the middle.
+            Both map the eligible samples to [0, 1]; a column without any spread maps to 0.
+        provenance: as JSON values.
+
+    Raises:
+        ValueError: if there is no column, lengths differ, or a score is not finite.
+    """
+
+    columns: Mapping[str, Tensor]
+    labels: Tensor | None = None
+    class_names: Sequence[str] | None = None
+    eligible: Tensor | None = None
+    keys: Sequence[str] | None = None
+    scaling: str = "min_max"
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            raise ValueError("Scores need at least one column.")
+        samples = len(next(iter(self.columns.values())))
+        if samples == 0:
+            raise ValueError("There are no samples.")
+        for name, values in self.columns.items():
+            check_vector(values, name=f"The score {name!r}", samples=samples)
+        if self.eligible is not None:
+            check_mask(self.eligible, name="eligible", samples=samples)
+        if self.scaling not in ("min_max", "rank"):
+            raise ValueError(f"scaling is {self.scaling!r}, but it must be 'min_max' or 'rank'.")
+        for name, value in (("labels", self.labels), ("keys", self.keys)):
+            if value is not None and len(value) != samples:
+                raise ValueError(f"{name} has {len(value)} rows, but there are {samples} samples.")
+
+    def __repr__(self) -> str:
+        return f"Scores({len(self)} samples: {', '.join(self.columns)})"
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.columns:
+            raise ValueError(f"There is no score {name!r}; there are {', '.join(self.columns)}.")
+        return self.columns[name]
+
+    def scaled(self, name: str) -> Tensor:
+        """(N,), float32: a column in [0, 1] over the eligible samples, 0 for the others."""
+        values = self[name].float()
+        rows = slice(None) if self.eligible is None else self.eligible
+        result = torch.zeros_like(values)
+        result[rows] = (_min_max if self.scaling == "min_max" else _rank)(values[rows])
+        return result
+
+    def utility(self, weights: Mapping[str, float]) -> Tensor:
+        """(N,), float64: what one sample is worth, sum over scores of weight * scaled / mean(scaled).
+
+        With weights 1 for semantic alignment and 0.1 for sample diversity this is what the optimizer of arXiv
+        2410.11215 maximises over the selected samples. Means are those of the eligible samples.
+        """
+        utility = torch.zeros(len(self), dtype=torch.float64, device=self[next(iter(self.columns))].device)
+        for name, weight in weights.items():
+            scaled = self.scaled(name).double()
+            mean = scaled.mean() if self.eligible is None else scaled[self.eligible].mean()
+            utility += weight * scaled / mean if mean > 0 else 0.0
+        return utility
+
+    def save(self, path: Path | str) -> None:
+        """Write one safetensors file, atomically."""
+        tensors = {f"score.{name}": values for name, values in self.columns.items()}
+        for name in ("labels", "eligible"):
+            if getattr(self, name) is not None:
+                tensors[name] = getattr(self, name)
+        for name in ("class_names", "keys"):
+            if getattr(self, name) is not None:
+                tensors[name] = pack_strings(getattr(self, name))
+        order = list(self.columns)
+        metadata = {"kind": "scores", "format": FORMAT, "columns": order, "scaling": self.scaling}
+        write_tensors(path, tensors, metadata | {"provenance": self.provenance})
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Scores":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is truncated or holds something else.
+        """
+        tensors, metadata = read_tensors(path, kind="scores")
+        packed = {name: unpack_strings(tensors.pop(name)) for name in ("class_names", "keys") if name in tensors}
+        return cls(
+            columns={name: tensors.pop(f"score.{name}") for name in metadata["columns"]},
+            **tensors,  # type: ignore[arg-type]
+            **packed,  # type: ignore[arg-type]
+            scaling=metadata["scaling"],
+            provenance=metadata["provenance"],
+        )
+
+    def to_table(self) -> dict[str, list[Any]]:
+        """The rows as columns of Python values: index, key, label, class, eligible and every score."""
+        table: dict[str, list[Any]] = {"index": list(range(len(self)))}
+        if self.keys is not None:
+            table["key"] = list(self.keys)
+        if self.labels is not None:
+            table["label"] = self.labels.tolist()
+            if self.class_names is not None:
+                table["class"] = [self.class_names[label] for label in table["label"]]
+        if self.eligible is not None:
+            table["eligible"] = self.eligible.tolist()
+        return table | {name: values.tolist() for name, values in self.columns.items()}
+
+    def export(self, path: Path | str) -> None:
+        """Write the table as `.csv`, or as `.parquet` (needs `pip install selectsampler[parquet]`)."""
+        write_table(path, self.to_table())
+
+
+def score(
+    embeddings: Embeddings | Adapted, *, k: int | None = None, scaling: str = "min_max", progress: bool = True
+) -> Scores:
+    """Score every sample: how well it fits its label, and how much it adds to its class.
+
+    >>> scores = score(adapt(embeddings))        # doctest: +SKIP
+    >>> scores["semantic_alignment"]             # doctest: +SKIP
+
+    Args:
+        embeddings: of N samples; adapted ones are aligned with the adapters that did not see their label.
+        k: neighbours of the diversity score; by default `default_neighbours(labels)`, the paper's numbers.
+        scaling: how columns are brought to [0, 1] when they are added up: `min_max` (the paper's) or `rank`.
+        progress: show a bar on a terminal if it takes longer than two seconds.
+
+    Returns:
+        Scores with the columns `semantic_alignment` and `sample_diversity`; unreadable images are not eligible.
+
+    Raises:
+        ValueError: if k is less than 1, or the scaling unknown.
+    """
+    if not isinstance(embeddings, (Embeddings, Adapted)):
+        raise ValueError(f"score takes Embeddings, adapted or not, not a {type(embeddings).__name__}.")
+    adapted = embeddings if isinstance(embeddings, Adapted) else adapt(embeddings, method="none")
+    source = adapted.embeddings
+    k = default_neighbours(source.labels) if k is None else k
+    provenance = {**source.provenance, "adaptation": adapted.provenance, "k": k}
+    return Scores(
+        columns={"semantic_alignment": _alignment(adapted), "sample_diversity": _diversity(adapted, k, progress)},
+        labels=source.labels,
+        class_names=source.class_names,
+        eligible=source.readable,
+        keys=source.keys,
+        scaling=scaling,
+        provenance=provenance,
+    )
+
+
+def _alignment(adapted: Adapted) -> Tensor:
+    source = adapted.embeddings
+    alignment = torch.zeros(len(source), device=source.image.device)
+    for rows, image, text in adapted.by_fold():
+        if source.readable is not None:
+            image, rows = image[source.readable[rows]], rows[source.readable[rows]]
+        alignment[rows] = semantic_alignment(image, text, source.labels[rows])
+    return alignment
+
+
+def _diversity(adapted: Adapted, k: int, progress: bool) -> Tensor:
+    """Sample diversity among the readable images, class by class for the sake of the progress bar."""
+    source, features = adapted.embeddings, adapted.distance_features
+    diversity = torch.zeros(len(source), device=source.image.device)
+    order = source.labels.argsort(stable=True)
+    with progress_bar("score", len(order), unit="image", show=progress) as bar:
+        for rows in order.split(source.labels.bincount().tolist()):
+            readable = rows if source.readable is None else rows[source.readable[rows]]
+            diversity[readable] = sample_diversity(features[readable], source.labels[readable], k)
+            bar.update(len(rows))
+    return diversity
+
+
+def _min_max(values: Tensor) -> Tensor:
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+
+
+def _rank(values: Tensor) -> Tensor:
+    """Share of samples that score lower, ties in the middle, from 0 for the lowest to 1 for the highest."""
+    unique, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    if len(unique) == 1:
+        return torch.zeros_like(values)
+    middle = counts.cumsum(0).float() - (counts.float() + 1) / 2
+    return (middle / (len(values) - 1))[inverse]

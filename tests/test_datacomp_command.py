@@ -1,0 +1,146 @@
+"""The verb `datacomp`, and its ranks under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from made_pools import write_pool
+
+from selectsampler.cli import main
+from selectsampler.datacomp import read_uids
+
+STAGES = ["--score", "s-clip-loss", "--keep", "0.3", "--then", "norm-sim", "--keep", "0.2", "--temperature", "0.1"]
+
+
+@pytest.fixture
+def pool(tmp_path):
+    columns = write_pool(tmp_path / "pool", [300, 200, 250, 260])
+    np.save(tmp_path / "target.npy", columns["l14_img"][:20])
+    return tmp_path / "pool"
+
+
+def arguments(pool, out: str, *more: str) -> list[str]:
+    where = ["--target", str(pool.parent / "target.npy"), "--batch-size", "128", "--repeats", "2", "--group-size", "2"]
+    return ["datacomp", "filter", str(pool), *STAGES, *where, "--out", str(pool.parent / out), *more]
+
+
+def test_filter_writes_a_uid_file_that_verify_accepts(pool, capsys):
+    assert main(arguments(pool, "out.npy")) == 0
+    assert "202 of 1010 samples (s-clip-loss 303, norm-sim 202)" in capsys.readouterr().err
+    assert len(read_uids(pool.parent / "out.npy")) == 202
+    assert main(["datacomp", "verify", str(pool.parent / "out.npy")]) == 0
+    assert json.loads(capsys.readouterr().out)["uids"] == 202
+
+
+def test_verify_compares_similarities_with_embeddings(pool, capsys):
+    assert main(["datacomp", "verify", str(pool)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows"] == 1010
+    assert report["shards"]["s1"]["largest_difference"] < 1e-3
+    other = write_pool(pool.parent / "other", [300, 200], seed=1)
+    os.replace(pool.parent / "other" / "s1.npz", pool / "s1.npz")
+    assert len(other["uid"]) == 500
+    assert main(["datacomp", "verify", str(pool)]) == 1
+    assert "s1: clip_l14_similarity_score differs" in capsys.readouterr().err
+
+
+def test_merge_joins_files(pool, capsys):
+    for out, seed in (("a.npy", "0"), ("b.npy", "1")):
+        assert main(arguments(pool, out, "--seed", seed)) == 0
+    files = [str(pool.parent / name) for name in ("a.npy", "b.npy")]
+    assert main(["datacomp", "merge", *files, "--how", "sum", "--out", str(pool.parent / "c.npy")]) == 0
+    assert len(read_uids(pool.parent / "c.npy")) == 404
+    np.save(files[0], read_uids(files[0])[::-1])
+    assert main(["datacomp", "verify", files[0]]) == 1
+    assert "not sorted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--keep", "0.3", "--score", "s-clip-loss"], "put it after --score"),
+        (["--then", "norm-sim"], "--score begins the first stage"),
+        (["--score", "basic", "--score", "basic"], "--score begins the first stage"),
+        (["--score", "clip-score", "--keep", "0.3", "--keep", "0.2"], "--keep stands twice for clip-score"),
+    ],
+)
+def test_stages_out_of_order_are_explained(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["datacomp", "filter", "pool", *words, "--out", "x.npy"])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_broken_shard_stops_with_one_sentence_or_is_listed(pool, capsys):
+    (pool / "s2.npz").write_bytes(b"nothing")
+    assert main(arguments(pool, "out.npy")) == 1
+    assert "Shard s2 cannot be used" in capsys.readouterr().err
+    assert main(arguments(pool, "out.npy", "--skip-broken")) == 0
+    assert "left out: shard s2" in capsys.readouterr().err
+
+
+def torchrun(program: list[str], ranks: int = 2) -> subprocess.CompletedProcess:
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={ranks}",
+        "--master-port=29643",
+        *program,
+    ]
+    return subprocess.run(start, capture_output=True, text=True, timeout=150, check=False)
+
+
+DYING = """
+import os, sys
+from selectsampler.cli import main
+from selectsampler.datacomp import scoring
+
+scoring.PART_ROWS = 1  # a part a batch
+whole, batches = scoring.s_clip_loss_of_batch, []
+
+def dies(*arguments, **keywords):
+    batches.append(1)
+    if os.environ["RANK"] == os.environ["DYING_RANK"] and len(batches) == 4:
+        os._exit(9)
+    return whole(*arguments, **keywords)
+
+scoring.s_clip_loss_of_batch = dies
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_two_ranks_give_the_bits_of_one_and_go_on_after_a_rank_died(pool, monkeypatch):
+    assert main(arguments(pool, "one.npy")) == 0
+    program = pool.parent / "dying.py"
+    program.write_text(DYING)
+    work = pool.parent / "work"
+    command = [str(program), *arguments(pool, "two.npy", "--threads", "1", "--work", str(work))]
+    monkeypatch.setenv("DYING_RANK", "1")
+    died = torchrun(command)
+    assert died.returncode != 0
+    assert "start the same command again" in died.stderr
+    finished = {path: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
+    assert len(finished) >= 3
+    monkeypatch.setenv("DYING_RANK", "none")
+    again = torchrun(command)
+    assert again.returncode == 0, again.stderr
+    assert (pool.parent / "one.npy").read_bytes() == (pool.parent / "two.npy").read_bytes()
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}
+
+
+def test_ranks_without_a_shared_folder_send_what_the_first_lacks(pool):
+    assert main(arguments(pool, "one.npy")) == 0
+    apart = pool.parent / "apart.py"
+    apart.write_text(
+        "import os, sys\n"
+        "from selectsampler.cli import main\n"
+        "sys.exit(main([*sys.argv[1:], '--work', sys.argv[-1] + '.' + os.environ['RANK']]))\n"
+    )
+    done = torchrun([str(apart), *arguments(pool, "two.npy", "--work", str(pool.parent / "work"))])
+    assert done.returncode == 0, done.stderr
+    assert (pool.parent / "one.npy").read_bytes() == (pool.parent / "two.npy").read_bytes()
+    assert all(any((pool.parent / f"work.{rank}").iterdir()) for rank in (0, 1))

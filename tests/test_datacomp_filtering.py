@@ -1,0 +1,395 @@
+"""From files to uid files: equal to the definition, exact in size, whatever breaks, and on any number of threads."""
+
+import json
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from made_pools import made_columns, write_pool, write_shard
+from torch.nn.functional import normalize
+
+from selectsampler.datacomp import (
+    Pool,
+    ShardError,
+    Stage,
+    filter_pool,
+    format_uids,
+    open_pool,
+    read_uids,
+    verify_uids,
+    write_uids,
+)
+from selectsampler.datacomp import scoring as scoring_module
+from selectsampler.datacomp.filtering import choose, read_target
+from selectsampler.datacomp.scoring import Run, group_shards, score_s_clip_loss
+from selectsampler.scores import norm_sim, s_clip_loss
+from selectsampler.scores.s_clip_loss import deal
+
+CLIP = [Stage("s-clip-loss", keep="0.3")]
+SMALL = {"temperature": 0.1, "batch_size": 64, "repeats": 2, "progress": False}
+
+
+def scores_of(folder: Path, work: Path, *, group_size: int = 8, batch_size: int = 64, repeats: int = 2):
+    pool = open_pool(folder, members=["l14_img", "l14_txt"])
+    deal = {"temperature": 0.1, "batch_size": batch_size, "repeats": repeats, "seed": 0, "group_size": group_size}
+    return score_s_clip_loss(pool, Run(work), image="l14_img", text="l14_txt", **deal)
+
+
+def definition(image: np.ndarray, text: np.ndarray, temperature: float) -> torch.Tensor:
+    image, text = (normalize(torch.from_numpy(features).double(), dim=1) for features in (image, text))
+    logits = image @ text.T / temperature
+    return temperature * (logits.diag() - (logits.logsumexp(dim=0) + logits.logsumexp(dim=1)) / 2)
+
+
+def test_one_group_and_one_batch_equal_the_function_in_memory(tmp_path):
+    columns = write_pool(tmp_path / "pool", [100, 80, 120])
+    scores, details = scores_of(tmp_path / "pool", tmp_path, batch_size=1000)
+    image, text = (torch.from_numpy(columns[name]) for name in ("l14_img", "l14_txt"))
+    expected = s_clip_loss(image, text, temperature=0.1, batch_size=1000)
+    np.testing.assert_allclose(scores, expected.numpy(), atol=1e-6)
+    assert details == {"batch_sizes": [300], "group_shards": [3]}
+
+
+def test_groups_and_batches_equal_the_definition(tmp_path):
+    sizes = [100, 80, 120, 60, 90]
+    columns = write_pool(tmp_path / "pool", sizes)
+    scores, details = scores_of(tmp_path / "pool", tmp_path, group_size=2, repeats=3)
+    offsets = np.cumsum([0, *sizes])
+    expected = torch.zeros(sum(sizes), dtype=torch.float64)
+    for repeat in range(3):
+        for number, group in enumerate(group_shards(5, 2, seed=(0, repeat))):
+            rows = np.concatenate([np.arange(offsets[shard], offsets[shard + 1]) for shard in group])
+            for batch in deal(len(rows), 64, seed=(0, repeat, number)):
+                some = rows[batch.numpy()]
+                expected[some] += definition(columns["l14_img"][some], columns["l14_txt"][some], 0.1) / 3
+    np.testing.assert_allclose(scores, expected.numpy(), atol=1e-5)
+    assert details["group_shards"] == [2, 3]
+    assert max(details["batch_sizes"]) <= 64
+
+
+def test_a_shard_that_broken_ones_leave_alone_joins_another_group(tmp_path):
+    write_pool(tmp_path / "pool", [100, 80, 120, 60])
+    (tmp_path / "pool" / "s1.npz").unlink()
+    pool = open_pool(tmp_path / "pool", members=["l14_img", "l14_txt"], skip_broken=True)
+    arguments = {"temperature": 0.1, "batch_size": 64, "repeats": 1, "seed": 0, "group_size": 2}
+    _, details = score_s_clip_loss(pool, Run(tmp_path), image="l14_img", text="l14_txt", **arguments)
+    assert details["group_shards"] == [3]
+
+
+def test_batches_are_computed_on_one_thread_whatever_the_process_has(tmp_path, monkeypatch):
+    write_pool(tmp_path / "pool", [100, 80])
+    before, seen, whole = torch.get_num_threads(), [], scoring_module.s_clip_loss_of_batch
+
+    def watched(*arguments, **keywords):
+        seen.append(torch.get_num_threads())
+        return whole(*arguments, **keywords)
+
+    monkeypatch.setattr(scoring_module, "s_clip_loss_of_batch", watched)
+    filter_pool(tmp_path / "pool", CLIP, work=tmp_path / "work", **SMALL)
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == before
+
+
+@given(shards=st.integers(2, 60), size=st.integers(2, 9), repeat=st.integers(0, 9))
+def test_no_group_is_a_single_shard(shards, size, repeat):
+    groups = group_shards(shards, size, seed=(0, repeat))
+    assert sorted(shard for group in groups for shard in group) == list(range(shards))
+    assert min(map(len, groups)) >= min(size, shards)
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
+
+
+def test_groups_are_drawn_anew_each_repetition():
+    assert group_shards(20, 4, seed=(0, 0)) != group_shards(20, 4, seed=(0, 1))
+
+
+def test_the_published_combination_equals_its_definition(tmp_path):
+    columns = write_pool(tmp_path / "pool", [200, 150, 250])
+    target = made_columns(40, 16, np.random.default_rng(5))["l14_img"]
+    np.save(tmp_path / "target.npy", target)
+    stages = [Stage("s-clip-loss", keep="0.3"), Stage("norm-sim", keep="0.2", target=str(tmp_path / "target.npy"))]
+    filtered = filter_pool(tmp_path / "pool", stages, tmp_path / "out.npy", **SMALL | {"batch_size": 1000})
+    scores = definition(columns["l14_img"], columns["l14_txt"], 0.1)
+    survivors = scores.topk(180).indices
+    near = norm_sim(torch.from_numpy(columns["l14_img"])[survivors], torch.from_numpy(target))
+    expected = columns["uid"][survivors[near.topk(120).indices].numpy()]
+    assert sorted(format_uids(filtered.uids)) == sorted(expected)
+    assert format_uids(read_uids(tmp_path / "out.npy")) == sorted(expected)
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert [stage["kept"] for stage in record["stages"]] == [180, 120]
+    assert record["stages"][0]["batch_sizes"] == [600]
+    assert record["s_clip_loss"]["group_size"] == 8
+    assert not (tmp_path / "out.npy.work").exists()
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(keep=st.decimals(0, 1, places=4) | st.sampled_from(["0", "1", "0.29"]))
+def test_any_fraction_is_kept_exactly(tmp_path, keep):
+    if not (tmp_path / "pool").exists():
+        write_pool(tmp_path / "pool", [60, 40, 100])
+    kept = filter_pool(tmp_path / "pool", [Stage("clip-score", keep=str(keep))], tmp_path / "out.npy", **SMALL)
+    assert len(kept.uids) == len(read_uids(tmp_path / "out.npy")) == int(Fraction(str(keep)) * 200)
+    assert verify_uids(tmp_path / "out.npy")["problems"] == []
+
+
+@given(values=st.lists(st.integers(0, 5), min_size=1, max_size=40), share=st.floats(0, 1), data=st.data())
+def test_choose_takes_the_best_and_of_ties_the_lower_rows(values, share, data):
+    candidates = np.array(data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values))))
+    count = int(share * candidates.sum())
+    rows = sorted(np.flatnonzero(candidates), key=lambda row: (-values[row], row))[:count]
+    kept = choose(np.array(values, dtype=np.float32), count, candidates)
+    assert np.flatnonzero(kept).tolist() == sorted(rows)
+
+
+def test_thresholds_keep_everything_from_them_on(tmp_path):
+    columns = write_pool(tmp_path / "pool", [100, 50])
+    similarity = columns["clip_l14_similarity_score"]
+    kept = filter_pool(tmp_path / "pool", [Stage("clip-score", threshold=float(similarity[7]))], **SMALL, work=tmp_path)
+    assert format_uids(kept.uids) == columns["uid"][similarity >= similarity[7]].tolist()
+
+
+@pytest.mark.parametrize("change", ["threads", "deflated", "remote"])
+def test_threads_compression_and_place_change_no_bit(tmp_path, change):
+    folder = tmp_path / "pool"
+    write_pool(folder, [200, 150, 250, 100])
+    np.save(tmp_path / "target.npy", made_columns(40, 16, np.random.default_rng(5))["l14_img"])
+    stages = [*CLIP, Stage("norm-sim", keep="0.2", target=str(tmp_path / "target.npy"))]
+    options = SMALL | {"group_size": 2}
+    first = filter_pool(folder, stages, tmp_path / "a.npy", **options, threads=1)
+    if change == "deflated":
+        write_pool(folder, [200, 150, 250, 100], deflated=True)
+    if change == "remote":
+        memory = fsspec.filesystem("memory")
+        for path in folder.iterdir():
+            memory.pipe(f"memory://{tmp_path.name}/{path.name}", path.read_bytes())
+        folder = f"memory://{tmp_path.name}"
+    second = filter_pool(folder, stages, tmp_path / "b.npy", **options, threads=3)
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    assert first.provenance["stages"] == second.provenance["stages"]
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_what_is_decompressed_can_be_kept_for_all_repetitions(tmp_path, monkeypatch):
+    write_pool(tmp_path / "pool", [200, 150, 250, 100], deflated=True)
+    written = []
+    inflate = Pool.inflate
+    monkeypatch.setattr(Pool, "inflate", lambda *arguments: (written.append(arguments[1:3]), inflate(*arguments)))
+    options = SMALL | {"group_size": 2, "repeats": 3}
+    first = filter_pool(tmp_path / "pool", CLIP, work=tmp_path / "one", **options)
+    assert len(written) == 3 * 4 * 2
+    written.clear()
+    second = filter_pool(tmp_path / "pool", CLIP, work=tmp_path / "two", scratch=tmp_path / "scratch", **options)
+    assert len(written) == 4 * 2
+    assert np.array_equal(first.uids, second.uids)
+    assert [path.suffix for path in (tmp_path / "one").iterdir() if path.is_dir()] == []
+
+
+def test_a_run_that_died_goes_on_where_it_was(tmp_path, monkeypatch):
+    write_pool(tmp_path / "pool", [200, 150, 250, 100])
+    options = SMALL | {"group_size": 2, "threads": 1, "repeats": 3}
+    expected = filter_pool(tmp_path / "pool", CLIP, tmp_path / "a.npy", **options)
+    monkeypatch.setattr(scoring_module, "PART_ROWS", 1)  # a part a batch
+    batches, whole = [], scoring_module.s_clip_loss_of_batch
+
+    def dying(*arguments, **keywords):
+        batches.append(1)
+        if len(batches) == 9:
+            raise KeyboardInterrupt
+        return whole(*arguments, **keywords)
+
+    monkeypatch.setattr(scoring_module, "s_clip_loss_of_batch", dying)
+    with pytest.raises(KeyboardInterrupt):
+        filter_pool(tmp_path / "pool", CLIP, tmp_path / "b.npy", **options)
+    assert not (tmp_path / "b.npy").exists()
+    again = filter_pool(tmp_path / "pool", CLIP, tmp_path / "b.npy", **options)
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    assert np.array_equal(expected.uids, again.uids)
+    total = 3 * sum(-(-rows // 64) for rows in (350, 350))
+    assert total <= len(batches) <= total + 3  # what was finished is not computed again
+
+
+def test_changed_arguments_or_files_are_computed_anew(tmp_path):
+    write_pool(tmp_path / "pool", [200, 150])
+    work = {"work": tmp_path / "work"}
+    one = filter_pool(tmp_path / "pool", CLIP, **SMALL, **work)
+    other = filter_pool(tmp_path / "pool", CLIP, **SMALL | {"seed": 1}, **work)
+    assert not np.array_equal(one.uids, other.uids)
+    write_shard(tmp_path / "pool", "s1", made_columns(150, 16, np.random.default_rng(9)))
+    changed = filter_pool(tmp_path / "pool", CLIP, **SMALL, **work)
+    fresh = filter_pool(tmp_path / "pool", CLIP, **SMALL, work=tmp_path / "other")
+    assert np.array_equal(changed.uids, fresh.uids)
+
+
+def test_a_shard_that_breaks_while_it_is_read_is_named_or_left_out(tmp_path):
+    columns = write_pool(tmp_path / "pool", [100, 80, 120, 90])
+    broken = made_columns(120, 16, np.random.default_rng(1))
+    broken["l14_txt"][33] = np.nan
+    write_shard(tmp_path / "pool", "s2", broken)
+    with pytest.raises(ShardError, match=r"Shard s2 .* row 33 of l14_txt is zero or not.*skip_broken"):
+        filter_pool(tmp_path / "pool", CLIP, tmp_path / "a.npy", **SMALL)
+    kept = filter_pool(tmp_path / "pool", CLIP, tmp_path / "a.npy", **SMALL, skip_broken=True)
+    assert len(kept.uids) == int(Fraction("0.3") * 270)
+    assert set(format_uids(kept.uids)) <= set(np.delete(columns["uid"], range(180, 300)))
+    assert list(kept.provenance["broken"]) == ["s2"]
+    assert kept.provenance["rows"] == 270
+
+
+def test_a_shard_that_breaks_in_a_later_stage_is_left_out_of_all(tmp_path):
+    write_pool(tmp_path / "pool", [100, 80, 120])
+    np.save(tmp_path / "target.npy", np.ones((1, 16), dtype=np.float16))
+    content = bytearray((tmp_path / "pool" / "s1.npz").read_bytes())
+    content[2000] ^= 1  # seen by the checksum of the streaming stage alone
+    (tmp_path / "pool" / "s1.npz").write_bytes(content)
+    stages = [*CLIP, Stage("norm-sim", keep="0.2", target=str(tmp_path / "target.npy"))]
+    kept = filter_pool(tmp_path / "pool", stages, **SMALL, work=tmp_path / "work", skip_broken=True)
+    assert list(kept.provenance["broken"]) == ["s1"]
+    assert [stage["kept"] for stage in kept.provenance["stages"]] == [66, 44]
+
+
+def test_only_what_stands_in_another_filters_file_is_kept(tmp_path):
+    columns = write_pool(tmp_path / "pool", [100, 80])
+    write_uids(tmp_path / "dfn.npy", open_uids(columns["uid"][::2]))
+    kept = filter_pool(
+        tmp_path / "pool", [Stage("clip-score", keep="0.3")], within=tmp_path / "dfn.npy", **SMALL, work=tmp_path
+    )
+    similarity = np.where(np.arange(180) % 2, -1, columns["clip_l14_similarity_score"])
+    assert set(format_uids(kept.uids)) == set(columns["uid"][np.argsort(-similarity)[:54]])
+
+
+def open_uids(strings: np.ndarray) -> np.ndarray:
+    from selectsampler.datacomp import parse_uids
+
+    return parse_uids(strings)
+
+
+def test_the_baselines_of_datacomp_keep_what_they_say(tmp_path):
+    columns = write_pool(tmp_path / "pool", [100, 80])
+    (tmp_path / "words.txt").write_text("photo\nZebra\n")
+    np.save(tmp_path / "centroids.npy", columns["l14_img"][:10].astype(np.float32))
+    np.save(tmp_path / "target.npy", columns["l14_img"][[3, 4]])
+    stages = {
+        "basic": Stage("basic"),
+        "text-based": Stage("text-based", target=str(tmp_path / "words.txt")),
+        "image-based": Stage(
+            "image-based", target=str(tmp_path / "target.npy"), centroids=str(tmp_path / "centroids.npy")
+        ),
+    }
+    shorter, longer = (f(columns["original_width"], columns["original_height"]) for f in (np.minimum, np.maximum))
+    photo = np.array(["photo" in text for text in columns["text"]])
+    nearest = (columns["l14_img"].astype(np.float32) @ columns["l14_img"][:10].astype(np.float32).T).argmax(axis=1)
+    expected = {
+        "basic": photo & (shorter >= 200) & (longer / shorter <= 3),
+        "text-based": photo,
+        "image-based": np.isin(nearest, [3, 4]),
+    }
+    for name, stage in stages.items():
+        kept = filter_pool(tmp_path / "pool", [stage], **SMALL, work=tmp_path / name)
+        assert format_uids(kept.uids) == columns["uid"][expected[name]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"score": "size"}, "must be one of"),
+        ({"score": "s-clip-loss"}, "either keep"),
+        ({"score": "s-clip-loss", "keep": 0.3, "threshold": 0.1}, "either keep"),
+        ({"score": "s-clip-loss", "keep": 1.2}, "keep is 1.2"),
+        ({"score": "s-clip-loss", "keep": "a third"}, "keep is 'a third'"),
+        ({"score": "norm-sim", "keep": 0.2}, "needs a target"),
+        ({"score": "norm-sim", "keep": 0.2, "target": "t.npy", "p": 1}, "p is 1"),
+        ({"score": "basic", "keep": 0.2}, "neither keep nor threshold"),
+        ({"score": "image-based", "target": "t.npy"}, "needs centroids"),
+    ],
+)
+def test_stages_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Stage(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("stages", "options", "message"),
+    [
+        ([], {}, "no stages"),
+        (CLIP, {"arch": "g14"}, "arch is 'g14'"),
+        (CLIP, {"group_size": 1}, "single shard"),
+        (CLIP, {"batch_size": 0}, "batch_size is 0"),
+        (CLIP, {"temperature": 100}, "logit scale"),
+        ([*CLIP, Stage("clip-score", keep=0.5)], {}, "the stages before left 30"),
+        ([Stage("norm-sim", keep=0.5, target="nowhere.npy")], {}, "no target nowhere.npy"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(tmp_path, stages, options, message):
+    write_pool(tmp_path / "pool", [60, 40])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        filter_pool(tmp_path / "pool", stages, **SMALL | options, work=tmp_path / "work")
+
+
+def test_targets_are_read_from_files_and_folders(tmp_path):
+    columns = write_pool(tmp_path / "pool", [20, 30])
+    assert np.array_equal(read_target(tmp_path / "pool", "l14_img"), columns["l14_img"])
+    assert np.array_equal(read_target(tmp_path / "pool" / "s0.npz", "l14_txt"), columns["l14_txt"][:20])
+    with pytest.raises(ValueError, match="not 'b32_img'"):
+        read_target(tmp_path / "pool" / "s0.npz", "b32_img")
+    np.save(tmp_path / "flat.npy", np.zeros(4))
+    with pytest.raises(ValueError, match=r"floats of shape \(T, D\)"):
+        read_target(tmp_path / "flat.npy", "l14_img")
+
+
+def test_a_planted_pool_is_separated_as_the_paper_says(tmp_path):
+    from selectsampler.recipes.datacomp import kinds_of, make_pool
+
+    from selectsampler.datacomp import contains
+
+    target = make_pool(tmp_path / "pool", shards=4, rows=1500, dim=96)
+    kinds = kinds_of(tmp_path / "pool")
+    filters = {
+        "cosine": [Stage("clip-score", keep="0.2")],
+        "loss": [Stage("s-clip-loss", keep="0.2")],
+        "near": [Stage("s-clip-loss", keep="0.3"), Stage("norm-sim", keep="0.2", target=target)],
+    }
+    share = {}
+    for name, stages in filters.items():
+        kept = filter_pool(tmp_path / "pool", stages, batch_size=2000, repeats=1, progress=False, work=tmp_path / name)
+        share[name] = {kind: (contains(np.sort(kept.uids), uids) > 0).mean() for kind, uids in kinds.items()}
+    assert share["cosine"]["generic"] > 5 * share["loss"]["generic"]
+    assert share["loss"]["mismatched"] < 0.01
+    assert share["near"]["near_target"] > 1.3 * share["loss"]["near_target"]
+
+
+MEMORY = """
+import sys
+import pyarrow.parquet, fsspec, torch
+from selectsampler.datacomp import Stage, filter_pool
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+
+pool, target = sys.argv[1:]
+filter_pool
+before = status("VmRSS")
+stages = [Stage("s-clip-loss", keep="0.3"), Stage("norm-sim", keep="0.2", target=target)]
+filter_pool(pool, stages, pool + ".npy", batch_size=512, repeats=1, threads=1)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from Linux")
+def test_embeddings_are_never_in_memory_all_at_once(tmp_path):
+    (tmp_path / "pool").mkdir()
+    for number in range(4):
+        few = made_columns(500, 512, np.random.default_rng(number))
+        columns = {name: np.concatenate([column] * 60) for name, column in few.items()}
+        write_shard(tmp_path / "pool", f"s{number}", columns)
+    embeddings = sum(path.stat().st_size for path in (tmp_path / "pool").glob("*.npz")) / 2**20
+    np.save(tmp_path / "target.npy", few["l14_img"][:50])
+    arguments = [sys.executable, "-c", MEMORY, str(tmp_path / "pool"), str(tmp_path / "target.npy")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.8 * embeddings

@@ -1,0 +1,142 @@
+"""Reading pools: stored, deflated, remote; and what is broken is named."""
+
+import fsspec
+import numpy as np
+import pytest
+from made_pools import made_columns, write_pool, write_shard
+
+from selectsampler.datacomp import ShardError, format_uids, open_pool, parse_uids, read_pool
+
+KEYS = ["uid", "text", "clip_l14_similarity_score", "l14_img", "l14_txt"]
+
+
+@pytest.fixture(params=["stored", "deflated", "remote"])
+def pool(request, tmp_path):
+    expected = write_pool(tmp_path / "pool", [120, 75, 200], deflated=request.param == "deflated")
+    if request.param != "remote":
+        return tmp_path / "pool", expected
+    memory = fsspec.filesystem("memory")
+    folder = f"memory://{tmp_path.name}"
+    for path in (tmp_path / "pool").iterdir():
+        memory.pipe(f"{folder}/{path.name}", path.read_bytes())
+    return folder, expected
+
+
+def test_a_pool_is_read_shard_by_shard(pool):
+    folder, expected = pool
+    names, shards = zip(*read_pool(folder, KEYS), strict=True)
+    assert names == ("s0", "s1", "s2")
+    assert list(shards[0]) == KEYS
+    read = {key: np.concatenate([shard[key] for shard in shards]) for key in KEYS}
+    assert format_uids(read.pop("uid")) == expected["uid"].tolist()
+    for key, values in read.items():
+        assert np.array_equal(values, expected[key])
+
+
+def test_stored_members_are_memory_maps_and_deflated_ones_are_not(tmp_path):
+    write_pool(tmp_path / "stored", [50])
+    write_pool(tmp_path / "deflated", [50], deflated=True)
+    assert isinstance(next(read_pool(tmp_path / "stored", ["l14_img"]))[1]["l14_img"], np.memmap)
+    assert not isinstance(next(read_pool(tmp_path / "deflated", ["l14_img"]))[1]["l14_img"], np.memmap)
+
+
+def test_rows_blocks_and_inflated_members_hold_the_same(pool, tmp_path):
+    folder, expected = pool
+    opened = open_pool(folder, members=["l14_img"])
+    shard, whole, rows = opened.shards[1], expected["l14_img"][120:195], np.array([0, 3, 74])
+    assert np.array_equal(np.concatenate(list(opened.blocks(shard, "l14_img"))), whole)
+    opened.inflate(shard, "l14_img", tmp_path / "raw")
+    assert np.array_equal(opened.rows_of(shard, "l14_img", rows, tmp_path / "raw"), whole[rows])
+    if shard.members["l14_img"].offset is not None:
+        assert np.array_equal(opened.rows_of(shard, "l14_img", rows), whole[rows])
+
+
+def test_columns_of_some_rows_are_read_alone(tmp_path):
+    expected = write_pool(tmp_path, [300])
+    opened = open_pool(tmp_path)
+    mask = np.arange(300) % 7 == 0
+    found = np.concatenate([block["uid"] for block in opened.columns(opened.shards[0], ["uid"], mask)])
+    assert np.array_equal(found, parse_uids(expected["uid"][mask]))
+
+
+def test_metadata_alone_needs_no_npz(tmp_path):
+    write_pool(tmp_path, [50, 60])
+    (tmp_path / "s1.npz").unlink()
+    assert sum(len(shard["uid"]) for _, shard in read_pool(tmp_path, ["uid"])) == 110
+
+
+def break_npz(folder):
+    (folder / "s1.npz").unlink()
+
+
+def cut_npz(folder):
+    content = (folder / "s1.npz").read_bytes()
+    (folder / "s1.npz").write_bytes(content[: len(content) // 2])
+
+
+def cut_parquet(folder):
+    content = (folder / "s1.parquet").read_bytes()
+    (folder / "s1.parquet").write_bytes(content[:-20])
+
+
+def change_rows(folder):
+    columns = made_columns(30, 16, np.random.default_rng(0))
+    np.savez(folder / "s1.npz", l14_img=columns["l14_img"], l14_txt=columns["l14_txt"])
+
+
+def drop_member(folder):
+    np.savez(folder / "s1.npz", l14_img=made_columns(40, 16, np.random.default_rng(0))["l14_img"])
+
+
+def turn_integer(folder):
+    np.savez(folder / "s1.npz", l14_img=np.zeros((40, 16), dtype=int), l14_txt=np.zeros((40, 16), dtype=int))
+
+
+def drop_column(folder):
+    columns = made_columns(40, 16, np.random.default_rng(0))
+    del columns["clip_l14_similarity_score"]
+    write_shard(folder, "s1", columns)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_npz, "npz is missing"),
+        (cut_npz, "not a zip file"),
+        (cut_parquet, "[Pp]arquet"),
+        (change_rows, "30 rows, but the parquet has 40"),
+        (drop_member, "lacks l14_txt"),
+        (turn_integer, "must be floats"),
+        (drop_column, "lacks the column 'clip_l14_similarity_score'"),
+    ],
+)
+def test_a_broken_shard_is_named_or_left_out_and_listed(tmp_path, damage, message):
+    write_pool(tmp_path, [50, 40, 60])
+    damage(tmp_path)
+    asked = {"members": ["l14_img", "l14_txt"], "columns": ["uid", "clip_l14_similarity_score"]}
+    with pytest.raises(ShardError, match=f"Shard s1 cannot be used: .*{message}"):
+        open_pool(tmp_path, **asked)
+    left = open_pool(tmp_path, **asked, skip_broken=True)
+    assert [shard.name for shard in left.shards] == ["s0", "s2"]
+    assert left.rows == 110
+    assert list(left.broken) == ["s1"]
+    assert [name for name, _ in read_pool(tmp_path, KEYS, skip_broken=True)] == ["s0", "s2"]
+
+
+def test_a_damaged_byte_is_found_by_its_checksum(tmp_path):
+    write_pool(tmp_path, [400])
+    content = bytearray((tmp_path / "s0.npz").read_bytes())
+    content[3000] ^= 1
+    (tmp_path / "s0.npz").write_bytes(content)
+    opened = open_pool(tmp_path, members=["l14_img"])
+    with pytest.raises(ShardError, match="CRC"):
+        list(opened.blocks(opened.shards[0], "l14_img"))
+
+
+def test_mixed_dimensions_and_empty_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no .parquet file"):
+        open_pool(tmp_path)
+    write_pool(tmp_path, [20])
+    write_shard(tmp_path, "t0", made_columns(20, 8, np.random.default_rng(0)))
+    with pytest.raises(ValueError, match="differ in dimension"):
+        open_pool(tmp_path, members=["l14_img"])

@@ -1,0 +1,126 @@
+"""Uid files: whatever is written, DataComp's reader finds every sample in it as often as it stands there."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selectsampler.datacomp import UID, UidFilter, contains, format_uids, merge_uids, parse_uids, read_uids, write_uids
+
+FEW = [f"{number:032x}" for number in (0, 1, 2**63, 2**64 - 1, 2**64, 2**64 + 1, 2**127, 2**128 - 1)]
+uids_of_text = st.text("0123456789abcdef", min_size=32, max_size=32)
+several = st.lists(st.sampled_from(FEW) | uids_of_text, max_size=30)
+
+
+def count_as_the_resharder_does(path, uid: str) -> int:
+    subset = np.load(path, mmap_mode="r")
+    assert subset.dtype == np.dtype("u8,u8")
+    key = np.array([divmod(int(uid, 16), 2**64)], np.dtype("u8,u8"))[0]
+    return int(np.searchsorted(subset, key, "right") - np.searchsorted(subset, key, "left"))
+
+
+@settings(deadline=None)
+@given(uids=several)
+def test_the_resharder_finds_every_uid_as_often_as_it_stands(tmp_path_factory, uids):
+    path = tmp_path_factory.mktemp("uids") / "subset.npy"
+    write_uids(path, parse_uids(uids))
+    expected = Counter(uids)
+    for uid in {*uids, *FEW}:
+        assert count_as_the_resharder_does(path, uid) == expected[uid]
+    assert Counter(format_uids(read_uids(path))) == expected
+
+
+@given(uids=several)
+def test_parsing_and_formatting_are_inverse(uids):
+    assert format_uids(parse_uids(uids)) == uids
+    assert parse_uids(uids).tolist() == [(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids]
+    assert np.array_equal(parse_uids([uid.upper() for uid in uids]), parse_uids(uids))
+
+
+@pytest.mark.parametrize("bad", ["", "12", "g" * 32, "0x" + "0" * 30, "é" * 16, "0" * 33])
+def test_what_is_no_uid_is_named_with_its_row(bad):
+    with pytest.raises(ValueError, match=r"row 12 .* 32 hex digits"):
+        parse_uids([FEW[0], FEW[1], bad], first=10)
+
+
+@settings(deadline=None)
+@given(files=st.lists(several, min_size=1, max_size=4))
+def test_merges_are_those_of_multisets(tmp_path_factory, files):
+    folder = tmp_path_factory.mktemp("merge")
+    for number, uids in enumerate(files):
+        np.save(folder / f"{number}.npy", parse_uids(uids))  # unsorted, as others write them
+    counters = [Counter(uids) for uids in files]
+    expected = {"union": Counter(), "intersection": counters[0], "sum": Counter()}
+    for counter in counters:
+        expected["union"] |= counter
+        expected["intersection"] &= counter
+        expected["sum"] += counter
+    for how, counter in expected.items():
+        merged = merge_uids([folder / f"{number}.npy" for number in range(len(files))], how=how)
+        assert format_uids(merged) == sorted(counter.elements())
+
+
+def test_duplicates_are_treated_as_asked(tmp_path):
+    uids = parse_uids([FEW[2], FEW[1], FEW[2]])
+    assert format_uids(write_uids(tmp_path / "keep.npy", uids)) == [FEW[1], FEW[2], FEW[2]]
+    assert format_uids(write_uids(tmp_path / "drop.npy", uids, duplicates="drop")) == [FEW[1], FEW[2]]
+    with pytest.raises(ValueError, match=f"{FEW[2]} stands 2 times"):
+        write_uids(tmp_path / "refuse.npy", uids, duplicates="refuse")
+    assert not (tmp_path / "refuse.npy").exists()
+
+
+def test_provenance_and_keys_lie_beside_the_file(tmp_path):
+    write_uids(tmp_path / "a.npy", parse_uids([FEW[2], FEW[1], FEW[2]]), provenance={"seed": 1}, keys=True)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"seed": 1}
+    assert (tmp_path / "a.keys.txt").read_text().split() == [FEW[1], FEW[2]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.keys.txt", "a.npy"]
+
+
+def test_an_unsorted_file_is_refused_unless_it_may_be_sorted(tmp_path):
+    np.save(tmp_path / "a.npy", parse_uids([FEW[1], FEW[3], FEW[2]]))
+    with pytest.raises(ValueError, match="entry 2 is lower"):
+        read_uids(tmp_path / "a.npy")
+    assert format_uids(read_uids(tmp_path / "a.npy", sort=True)) == [FEW[1], FEW[2], FEW[3]]
+
+
+@pytest.mark.parametrize("array", [np.zeros(3), np.zeros((2, 2), dtype=UID), np.zeros(3, dtype=">u8,>u8")])
+def test_what_is_no_uid_file_is_refused(tmp_path, array):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ValueError, match="is no uid file"):
+        read_uids(tmp_path / "a.npy")
+    (tmp_path / "b.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_uids(tmp_path / "b.npy")
+
+
+def test_wrong_requests_are_named(tmp_path):
+    with pytest.raises(ValueError, match="how is 'xor'"):
+        merge_uids([tmp_path / "a.npy"], how="xor")
+    with pytest.raises(ValueError, match="no uid files"):
+        merge_uids([])
+    with pytest.raises(ValueError, match=r"written as .npy"):
+        write_uids(tmp_path / "a.bin", parse_uids(FEW))
+    with pytest.raises(ValueError, match="see parse_uids"):
+        write_uids(tmp_path / "a.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="duplicates is 'some'"):
+        write_uids(tmp_path / "a.npy", parse_uids(FEW), duplicates="some")
+
+
+def test_contains_counts():
+    held = parse_uids([FEW[1], FEW[3], FEW[3]])
+    assert contains(held, parse_uids([FEW[3], FEW[0], FEW[1]])).tolist() == [2, 0, 1]
+    assert contains(parse_uids([]), parse_uids(FEW)).tolist() == [0] * len(FEW)
+
+
+def test_a_loader_passes_what_stands_in_the_file(tmp_path):
+    write_uids(tmp_path / "a.npy", parse_uids([FEW[1], FEW[3], FEW[3]]))
+    allowed = UidFilter(tmp_path / "a.npy")
+    assert allowed(FEW[1])
+    assert not allowed(FEW[2])
+    assert allowed({"__key__": "000012", "json": json.dumps({"uid": FEW[3]}).encode()})
+    assert allowed({"__key__": "000012", "json": {"uid": FEW[3]}})
+    assert allowed({"__key__": f"{FEW[3]}-0"})
+    assert allowed.count(FEW[3]) == 2

@@ -1,0 +1,418 @@
+"""The selection and select(): exact budgets, quotas, fingerprints, files that are whole or refused."""
+
+import json
+import math
+import shutil
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from helpers import image_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torchvision.datasets import ImageFolder
+
+from selectsampler import Scores, Selection, select
+from selectsampler.embeddings.datasets import as_images
+from selectsampler.embeddings.encode import dataset_fingerprint
+from selectsampler.optimizers import apportion, top_k
+
+WEIGHTS = {"semantic_alignment": 1.0, "sample_diversity": 0.1}
+
+
+def some_scores(samples: int = 40, *, seed: int = 0, **fields) -> Scores:
+    generator = torch.Generator().manual_seed(seed)
+    return Scores({name: torch.rand(samples, generator=generator) for name in WEIGHTS}, **fields)
+
+
+# --- select: the budget
+
+
+@pytest.mark.parametrize(
+    ("keep", "samples", "budget"),
+    [
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (0.7, 10, 7),
+        (1.0, 7, 7),
+        (1, 7, 7),
+        ("0.3", 9, 2),
+        (np.float32(0.29), 100, 29),
+    ],
+)
+def test_keep_is_taken_as_the_decimal_that_it_is_written_as(keep, samples, budget):
+    assert len(select(torch.rand(samples), keep)) == budget
+
+
+@settings(deadline=None)
+@given(keep=st.decimals(0, 1, places=5).filter(bool), samples=st.integers(1, 3000), as_text=st.booleans())
+def test_the_budget_is_the_exact_floor_of_any_decimal_share(keep, samples, as_text):
+    expected = math.floor(Fraction(keep) * samples)
+    given_as = str(keep) if as_text else float(keep)
+    if expected == 0:
+        with pytest.raises(ValueError, match="leaves none"):
+            select(torch.rand(samples), given_as)
+    else:
+        assert len(select(torch.rand(samples), given_as)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep": 0}, r"keep is 0, but it must be a fraction in \(0, 1\]"),
+        ({"keep": 1.5}, r"keep is 1\.5.* For a number of samples use count="),
+        ({"keep": -0.1}, r"keep is -0\.1"),
+        ({"keep": math.nan}, "keep is nan"),
+        ({"keep": math.inf}, "keep is inf"),
+        ({"keep": "most"}, "keep is 'most'"),
+        ({"keep": "1/0"}, "keep is '1/0'"),
+        ({"keep": 0.001}, "leaves none"),
+        ({"count": 0}, "count is 0, but it must be a whole number from 1 to the 10 samples"),
+        ({"count": 11}, "count is 11"),
+        ({"count": 2.5}, r"count is 2\.5"),
+        ({"count": True}, "count is True"),
+        ({}, "either keep, .* or count"),
+        ({"keep": 0.5, "count": 5}, "either keep, .* or count"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        select(torch.rand(10), **arguments)
+
+
+@pytest.mark.parametrize("count", [1, 10, np.int64(4)])
+def test_a_count_is_kept_to_the_sample(count):
+    assert len(select(torch.rand(10), count=count)) == count
+
+
+def test_keep_is_a_share_of_all_samples_but_only_eligible_ones_are_chosen():
+    eligible = torch.tensor([False] * 10 + [True] * 30)
+    selection = select(some_scores(eligible=eligible), 0.75)
+    assert selection.indices.tolist() == list(range(10, 40))
+
+
+def test_a_budget_above_the_eligible_samples_is_refused_with_both_numbers():
+    eligible = torch.tensor([False] * 10 + [True] * 30)
+    with pytest.raises(ValueError, match="budget is 31, but only 30 of 40 samples can be selected"):
+        select(some_scores(eligible=eligible), count=31)
+
+
+# --- select: what is chosen
+
+
+def test_the_exact_method_takes_the_samples_of_highest_utility_by_the_papers_weights():
+    scores = some_scores()
+    utility = scores.utility(WEIGHTS)
+    selection = select(scores, 0.3)
+    assert selection.indices.tolist() == sorted(utility.argsort(descending=True)[:12].tolist())
+    assert selection.objective == pytest.approx(float(utility[selection.indices].sum()))
+    assert selection.bound == pytest.approx(selection.objective)
+    assert selection.population == 40
+
+
+def test_weights_of_ones_own_change_what_is_chosen():
+    scores = some_scores()
+    diverse = select(scores, 0.3, score_weights={"sample_diversity": 1.0})
+    assert diverse.indices.tolist() == sorted(scores["sample_diversity"].argsort(descending=True)[:12].tolist())
+
+
+def test_a_tensor_of_ones_own_is_the_utility_itself():
+    utility = torch.tensor([0.1, 0.9, 0.5, 0.7])
+    selection = select(utility, 0.5)
+    assert selection.indices.tolist() == [1, 3]
+    assert selection.objective == pytest.approx(1.6)
+
+
+def test_straight_through_ends_in_the_same_samples_and_reports_its_gap():
+    scores = some_scores(8000)
+    exact, descended = select(scores, 0.3), select(scores, 0.3, method="straight_through")
+    assert torch.equal(descended.indices, exact.indices)
+    details = descended.provenance["selection"]
+    assert details["converged"]
+    assert details["gap"] == pytest.approx(0, abs=1e-6)
+    assert len(details["loss_curve"]) <= 200 < details["steps"]
+
+
+def test_straight_through_never_takes_what_is_not_eligible():
+    eligible = torch.arange(300) % 3 > 0
+    selection = select(some_scores(300, eligible=eligible), 0.5, method="straight_through")
+    assert eligible[selection.indices].all()
+    assert len(selection) == 150
+
+
+def test_keys_of_the_selected_samples_come_with_them():
+    columns = {"semantic_alignment": torch.tensor([0.1, 0.9, 0.5, 0.7])}
+    scores = Scores(columns, keys=["a", "b", "c", "d"])
+    assert select(scores, 0.5, score_weights={"semantic_alignment": 1.0}).keys() == ["b", "d"]
+
+
+@pytest.mark.parametrize("balance", [None, "given", {"cat": np.int64(3), 1: 17}])
+def test_what_made_a_selection_stands_in_its_provenance_as_json(balance):
+    labels = torch.arange(40) % 2
+    scores = some_scores(labels=labels, class_names=["cat", "dog"], provenance={"clip": "tiny", "k": 3})
+    selection = select(scores, np.float64(0.5), balance=balance, score_weights={"semantic_alignment": np.float32(1)})
+    assert json.loads(json.dumps(selection.provenance)) == selection.provenance
+    assert (selection.provenance["clip"], selection.provenance["k"]) == ("tiny", 3)
+    details = selection.provenance["selection"]
+    assert (details["keep"], details["count"], details["method"]) == ("0.5", 20, "exact")
+
+
+@pytest.mark.parametrize(
+    ("scores", "arguments", "message"),
+    [
+        (some_scores(), {"method": "magic"}, "method is 'magic', but it must be 'exact' or 'straight_through'"),
+        (some_scores(), {"score_weights": {"beauty": 1.0}}, "no score 'beauty'; there are semantic_alignment"),
+        (some_scores(), {"score_weights": {}}, "score_weights is empty"),
+        (torch.rand(9), {"score_weights": WEIGHTS}, "score_weights go with Scores"),
+        (torch.tensor([0.1, math.nan, 0.3]), {}, r"'utility'\[1\] is nan"),
+        (torch.arange(9), {}, "must be a floating point tensor"),
+        (torch.rand(9), {"balance": "given"}, "balance needs labels"),
+        (some_scores(), {"balance": {0: 20}}, "balance needs labels"),
+        (some_scores(labels=torch.arange(40) % 2), {"balance": "fair"}, "balance is 'fair'"),
+        (
+            some_scores(labels=torch.arange(40) % 2),
+            {"balance": "given", "method": "straight_through"},
+            "'straight_through' knows no quotas: use method='exact'",
+        ),
+    ],
+)
+def test_select_names_what_it_does_not_know(scores, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        select(scores, 0.5, **arguments)
+
+
+# --- select: balance
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), classes=st.integers(1, 6), keep=st.integers(1, 100))
+def test_a_given_balance_is_the_best_subset_with_the_quotas_of_the_largest_remainder(seed, classes, keep):
+    labels = torch.randint(classes, (100,), generator=torch.Generator().manual_seed(seed))
+    scores = some_scores(100, seed=seed, labels=labels, class_names=[str(c) for c in range(classes + 1)])
+    selection = select(scores, count=keep, balance="given")
+    quotas = apportion(torch.bincount(labels, minlength=classes + 1), keep)
+    assert torch.bincount(labels[selection.indices], minlength=classes + 1).tolist() == quotas.tolist()
+    best = top_k(scores.utility(WEIGHTS), keep, groups=labels, quotas=quotas)
+    assert selection.indices.tolist() == best.tolist()
+    assert selection.bound == pytest.approx(selection.objective)
+
+
+def test_a_given_balance_counts_labels_as_given_and_asks_no_class_for_more_than_is_eligible():
+    labels = torch.tensor([0] * 20 + [1] * 20)
+    eligible = torch.arange(40) >= 15  # five of class 0
+    selection = select(some_scores(labels=labels, eligible=eligible), 0.5, balance="given")
+    assert torch.bincount(labels[selection.indices]).tolist() == [5, 15]
+    assert eligible[selection.indices].all()
+
+
+@pytest.mark.parametrize(
+    "balance", [{"cat": 2, "dog": 5}, {0: 2, 1: 5}, {"cat": 2, np.int64(1): 5}, {"cat": 2, "dog": 5, "empty": 0}]
+)
+def test_quotas_go_by_the_name_or_the_number_of_a_class(balance):
+    labels = torch.arange(40) % 2
+    scores = some_scores(labels=labels, class_names=["cat", "dog", "empty"])
+    selection = select(scores, count=7, balance=balance)
+    assert torch.bincount(labels[selection.indices]).tolist() == [2, 5]
+
+
+@pytest.mark.parametrize(
+    ("balance", "message"),
+    [
+        ({"cat": 2, "dog": 4}, "quotas sum to 6, but the budget is 7"),
+        ({"cat": 2, "cow": 5}, "class 'cow' that is not there"),
+        ({0: 2, 3: 5}, "class 3 that is not there"),
+        ({0: 2, -1: 5}, "class -1 that is not there"),
+        ({"cat": -1, "dog": 8}, "asks class 'cat' for -1"),
+        ({"cat": 0, "dog": 7, "empty": 1}, "asks class 'empty' for 1 samples, but it has 0"),
+        ({"cat": 21, "dog": 0}, "asks class 'cat' for 21 samples, but it has 20"),
+        ({"cat": 2.9, "dog": 5}, r"asks class 'cat' for 2\.9"),
+        ({"cat": 3, 0: 2, "dog": 5}, "names class 0 twice"),
+    ],
+)
+def test_quotas_that_do_not_fit_are_named(balance, message):
+    scores = some_scores(labels=torch.arange(40) % 2, class_names=["cat", "dog", "empty"])
+    with pytest.raises(ValueError, match=message):
+        select(scores, count=7, balance=balance)
+
+
+# --- Selection
+
+
+def test_indices_in_any_order_come_out_ascending_with_their_weights_and_keys():
+    selection = Selection([5, 2, 9], population=10, loss_weights=torch.tensor([0.5, 0.2, 0.9]), keys=["e", "b", "i"])
+    assert selection.indices.tolist() == [2, 5, 9]
+    assert selection.loss_weights.tolist() == pytest.approx([0.2, 0.5, 0.9])
+    assert selection.keys() == ["b", "e", "i"]
+    assert len(selection) == 3
+    assert math.isnan(selection.objective)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"indices": [1, 4, 1]}, "Index 1 stands more than once"),
+        ({"indices": [1, 10]}, r"Index 10 lies outside \[0, 10\)"),
+        ({"indices": [-1, 3]}, r"Index -1 lies outside"),
+        ({"indices": torch.tensor([0.0, 1.0])}, "indices must be integers"),
+        ({"indices": torch.tensor([True, False])}, r"Take mask\.nonzero\(\)"),
+        ({"indices": torch.tensor([[0, 1]])}, r"integers of shape \(k,\)"),
+        ({"indices": [1, 2], "keys": ["a"]}, "1 keys for 2 indices"),
+        ({"indices": [1, 2], "loss_weights": torch.ones(3)}, "loss_weights has 3 entries"),
+        ({"indices": [1, 2], "loss_weights": torch.tensor([1.0, -1.0])}, r"loss_weights\[1\] is negative"),
+        ({"indices": [1, 2], "loss_weights": torch.tensor([1.0, math.nan])}, r"loss_weights\[1\] is nan"),
+    ],
+)
+def test_a_selection_that_does_not_fit_together_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Selection(population=10, **arguments)
+
+
+def test_the_fingerprint_follows_the_set_of_indices_and_the_weights_and_nothing_else():
+    plain = Selection([2, 5, 9], 10)
+    assert Selection(torch.tensor([9, 2, 5]), 10, objective=3.0, provenance={"a": 1}).fingerprint == plain.fingerprint
+    weights = torch.tensor([1.0, 1.0, 1.0])
+    others = [
+        Selection([2, 5, 8], 10),
+        Selection([2, 5], 10),
+        Selection([2, 5, 9], 10, loss_weights=weights),
+        Selection([2, 5, 9], 10, loss_weights=weights / 2),
+    ]
+    assert len({selection.fingerprint for selection in [plain, *others]}) == 5
+    moved = Selection([9, 5, 2], 10, loss_weights=torch.tensor([3.0, 2.0, 1.0]))
+    assert moved.fingerprint == Selection([2, 5, 9], 10, loss_weights=torch.tensor([1.0, 2.0, 3.0])).fingerprint
+
+
+def test_weights_for_a_batch_come_in_the_batchs_order():
+    selection = Selection([5, 2, 9], 10, loss_weights=torch.tensor([0.5, 0.25, 1.0]))
+    assert selection.weights_for(torch.tensor([9, 5, 5, 2])).tolist() == [1.0, 0.5, 0.5, 0.25]
+    assert Selection([5, 2, 9], 10).weights_for([2, 9]).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("indices", [[2, 3], [11], [0]])
+def test_weights_for_a_sample_that_is_not_selected_are_refused(indices):
+    with pytest.raises(ValueError, match=f"Index {indices[-1]} is not selected"):
+        Selection([5, 2, 9], 10).weights_for(indices)
+    with pytest.raises(ValueError, match="is not selected"):
+        Selection([], 10).weights_for(indices)
+
+
+def test_keys_are_indices_where_there_are_no_names():
+    assert Selection([5, 2], 10).keys() == ["2", "5"]
+
+
+def test_a_selection_comes_back_from_its_file_as_it_was(tmp_path):
+    path = tmp_path / "selection.safetensors"
+    selection = Selection(
+        [5, 2, 9],
+        10,
+        loss_weights=torch.tensor([0.5, 0.25, 1.0]),
+        objective=1.5,
+        bound=2.5,
+        keys=["e", "ü/b", ""],
+        provenance={"clip": "tiny", "curve": [1.0, 0.5]},
+    )
+    selection.save(path)
+    back = Selection.load(path)
+    assert back.indices.tolist() == [2, 5, 9]
+    assert back.loss_weights.tolist() == [0.25, 0.5, 1.0]
+    assert (back.population, back.objective, back.bound) == (10, 1.5, 2.5)
+    assert (back.keys(), back.provenance) == (["ü/b", "e", ""], selection.provenance)
+    assert back.fingerprint == selection.fingerprint
+
+
+def test_a_bare_selection_comes_back_bare(tmp_path):
+    Selection([5, 2], 10).save(tmp_path / "selection.safetensors")
+    back = Selection.load(tmp_path / "selection.safetensors")
+    assert back.loss_weights is None
+    assert back.keys() == ["2", "5"]
+    assert math.isnan(back.objective)
+    assert math.isnan(back.bound)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "selection.safetensors"
+    Selection([5, 2, 9], 10, loss_weights=torch.tensor([0.5, 0.25, 1.0])).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "change", [{"indices": torch.tensor([2, 5, 8])}, {"loss_weights": torch.tensor([0.25, 0.5, 0.75])}]
+)
+def test_a_file_that_was_tampered_with_is_refused(saved, change):
+    with safe_open(saved, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("indices", "loss_weights")}
+    save_file(tensors | change, saved, metadata)
+    with pytest.raises(ValueError, match=r"selection\.safetensors does not match its fingerprint"):
+        Selection.load(saved)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 60, -1])
+def test_a_file_that_was_cut_off_is_refused(saved, kept):
+    saved.write_bytes(saved.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"selection\.safetensors cannot be read"):
+        Selection.load(saved)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    some_scores().save(tmp_path / "scores.safetensors")
+    with pytest.raises(ValueError, match=r"should hold selection .* but it holds scores"):
+        Selection.load(tmp_path / "scores.safetensors")
+    save_file({"indices": torch.tensor([1, 2])}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match=r"should hold selection .* but it holds something else"):
+        Selection.load(tmp_path / "foreign.safetensors")
+    (tmp_path / "notes.txt").write_text("not a tensor in sight")
+    with pytest.raises(ValueError, match=r"notes\.txt cannot be read"):
+        Selection.load(tmp_path / "notes.txt")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        Selection.load(tmp_path / "absent")
+
+
+# --- Selection.verify
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return image_folder(tmp_path / "images", [4, 3])
+
+
+def selected_from(root, indices=(0, 2, 5)) -> Selection:
+    images = as_images(ImageFolder(root))
+    keys = [images.keys()[i] for i in indices]
+    return Selection(list(indices), len(images), keys=keys, provenance={"inputs": dataset_fingerprint(images)})
+
+
+def test_a_selection_knows_the_data_set_that_it_was_made_from(folder):
+    selected_from(folder).verify(ImageFolder(folder, transform=lambda image: image))
+
+
+def test_a_selection_refuses_a_data_set_with_a_file_more(folder):
+    selection = selected_from(folder)
+    shutil.copy(folder / "class_01" / "000.png", folder / "class_01" / "009.png")
+    with pytest.raises(ValueError, match="has 8 samples; 7 were there"):
+        selection.verify(ImageFolder(folder))
+
+
+def test_a_selection_refuses_a_data_set_whose_selected_file_was_renamed(folder):
+    selection = selected_from(folder)
+    (folder / "class_00" / "002.png").rename(folder / "class_00" / "0025.png")
+    with pytest.raises(ValueError, match=r"Sample 2 is 'class_00/0025\.png' now, but was 'class_00/002\.png'"):
+        selection.verify(ImageFolder(folder))
+
+
+@pytest.mark.parametrize("change", ["renamed", "written"])
+def test_a_selection_refuses_a_data_set_one_of_whose_other_files_was(folder, change):
+    selection = selected_from(folder)
+    other = folder / "class_00" / "003.png"
+    if change == "renamed":
+        other.rename(folder / "class_00" / "0035.png")
+    else:
+        other.write_bytes(b"another size")
+    with pytest.raises(ValueError, match="data set changed after the selection"):
+        selection.verify(ImageFolder(folder))
