@@ -1,5 +1,7 @@
 """Reading pools: stored, deflated, remote; and what is broken is named."""
 
+import time
+
 import fsspec
 import numpy as np
 import pytest
@@ -140,3 +142,20 @@ def test_mixed_dimensions_and_empty_folders_are_refused(tmp_path):
     write_shard(tmp_path, "t0", made_columns(20, 8, np.random.default_rng(0)))
     with pytest.raises(ValueError, match="differ in dimension"):
         open_pool(tmp_path, members=["l14_img"])
+
+
+def test_headers_are_parsed_by_one_thread_at_a_time(tmp_path, monkeypatch):
+    write_pool(tmp_path / "pool", [10] * 6)
+    parse, inside, most = np.lib.format.read_array_header_1_0, [], []
+
+    def slow_parse(stream):
+        inside.append(stream)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return parse(stream)
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", slow_parse)
+    open_pool(tmp_path / "pool", members=["l14_img", "l14_txt"])
+    assert len(most) == 12
+    assert max(most) == 1

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,6 +20,7 @@ __all__ = ["Member", "Pool", "Shard", "ShardError", "open_pool", "read_pool"]
 
 MEMBERS = ("b32_img", "b32_txt", "l14_img", "l14_txt")
 BLOCK = 16_384  # rows that are read at once where a member is walked through
+_HEADERS = Lock()  # numpy parses a header by ast.literal_eval, which at times fails in threads (python/cpython#106905)
 
 
 class ShardError(ValueError):
@@ -287,11 +289,12 @@ def _open_member(file: BinaryIO, name: str, shard: str, *, local: bool) -> Membe
 
 
 def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(stream)
-    read: Callable[..., Any] = (
-        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    )
-    return read(stream)
+    with _HEADERS:
+        version = np.lib.format.read_magic(stream)
+        read: Callable[..., Any] = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        return read(stream)
 
 
 def _read_exactly(stream: Any, size: int) -> bytes:
