@@ -120,7 +120,7 @@ class Reselect:
     Args:
         sampler: whose selection is renewed.
         select_fn: (epoch, state) -> `Selection`; called on rank 0 alone. `state.selection` is the one so far,
-            `state.losses` the tracker or None.
+            `state.losses` the tracker or None. None keeps the selection that the sampler has.
         every: epochs between selections, at least 1.
         start: the first epoch that selects.
         allow_resize: whether a selection may have another length; schedules that count batches must cope.
@@ -130,7 +130,7 @@ class Reselect:
     def __init__(
         self,
         sampler: SelectSampler,
-        select_fn: SelectFn,
+        select_fn: SelectFn | None = None,
         *,
         every: int = 1,
         start: int = 0,
@@ -149,7 +149,8 @@ class Reselect:
 
     def due(self, epoch: int) -> bool:
         """Whether `epoch` starts with a new selection; one that was resumed in its middle does not."""
-        return epoch >= self.start and (epoch - self.start) % self.every == 0 and epoch != self.selected_at
+        scheduled = epoch >= self.start and (epoch - self.start) % self.every == 0
+        return self.select_fn is not None and scheduled and epoch != self.selected_at
 
     def on_epoch_start(self, epoch: int) -> None:
         """Set the sampler's epoch, compare the ranks' selections, share their losses, and select again if it is due.
@@ -162,8 +163,8 @@ class Reselect:
         check_agreement(self.sampler.selection.fingerprint, what="the selection")
         if self.losses is not None:
             self.losses.synchronize()
-        if self.due(epoch):
-            self.sampler.update(self._select(epoch), allow_resize=self.allow_resize)
+        if self.select_fn is not None and self.due(epoch):
+            self.sampler.update(self._select(self.select_fn, epoch), allow_resize=self.allow_resize)
             self.selected_at = epoch
 
     def state_dict(self) -> dict[str, Any]:
@@ -186,10 +187,10 @@ class Reselect:
         if self.losses is not None and state["losses"] is not None:
             self.losses.load_state_dict(state["losses"])
 
-    def _select(self, epoch: int) -> Selection:
+    def _select(self, select_fn: SelectFn, epoch: int) -> Selection:
         """Rank 0's selection, on every rank."""
         state = TrainingState(self.sampler.selection, self.losses)
-        return from_rank_zero(lambda: self.select_fn(epoch, state), what=f"the selection of epoch {epoch}")
+        return from_rank_zero(lambda: select_fn(epoch, state), what=f"the selection of epoch {epoch}")
 
 
 def trusted_and_hard(trust: Tensor, count: int) -> SelectFn:

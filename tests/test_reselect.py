@@ -34,6 +34,14 @@ def test_a_selection_is_renewed_at_start_and_every_so_many_epochs(sampler):
     assert sorted(sampler) == list(range(80, 90))
 
 
+def test_without_a_select_fn_the_selection_stays_and_epochs_go_on(sampler):
+    reselect = Reselect(sampler)
+    reselect.on_epoch_start(4)
+    assert sampler.epoch == 4
+    assert sorted(sampler) == list(range(10))
+    assert reselect.state_dict()["selected_at"] is None
+
+
 def test_a_selection_of_another_length_is_refused_unless_it_is_allowed(sampler):
     def shrinking(epoch, state):
         return Selection(range(9), population=100)
