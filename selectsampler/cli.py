@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selectsampler.datacomp.command import add_datacomp_parser
+from selectsampler.integrations.timm_command import add_timm_train_parser, split_script_arguments
 
 __all__ = ["main"]
 
@@ -26,8 +27,10 @@ from an image folder (one sub-folder a class) to a list of files to train on:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    warnings.showwarning = _show_warning
+    words, script_arguments = split_script_arguments(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(words, argparse.Namespace(script_arguments=script_arguments))
+    if script_arguments is None:  # else a script is run, whose warnings are its own
+        warnings.showwarning = _show_warning
     try:
         arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
@@ -53,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_select(verbs)
     _add_export(verbs)
     add_datacomp_parser(verbs)
+    add_timm_train_parser(verbs)
     return parser
 
 
