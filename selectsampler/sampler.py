@@ -81,6 +81,7 @@ class SelectSampler(DistributedSampler[int]):
         self._measure()
         self._resume_at = 0
         self._expected: str | None = None  # the fingerprint that a loaded state asks for
+        self._replaced: str | None = None  # the fingerprint of the selection before the last update
         self._chunk: Iterator[int] = iter(())
         self._chunk_end = 0
         self._shard_cache: tuple[tuple, Tensor] | None = None
@@ -156,7 +157,8 @@ class SelectSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         self._check_ranks()
-        if self._expected is not None and self._expected != self.selection.fingerprint:
+        renewed = self._resume_at == 0 and self._expected == self._replaced  # between epochs: nothing is skipped
+        if self._expected not in (None, self.selection.fingerprint) and not renewed:
             raise ValueError(
                 f"The state that was loaded belongs to selection {self._expected:.8}, but this sampler holds "
                 f"{self.selection.fingerprint:.8}. Install the state's selection with update(), or start a new run."
@@ -196,7 +198,7 @@ class SelectSampler(DistributedSampler[int]):
         if len(new) == 0:
             raise ValueError("The selection is empty: there is nothing to sample.")
         complete = self._resume_at == 0 and self.yielded == self.num_samples
-        self.selection = new
+        self._replaced, self.selection = self.selection.fingerprint, new
         self._measure()
         if complete:  # and stays so at another length
             self._chunk, self._chunk_end = iter(()), self.num_samples
@@ -224,7 +226,7 @@ class SelectSampler(DistributedSampler[int]):
         """Go on where `state` stood: the next `iter` skips what was yielded.
 
         A state of another selection is kept until `iter`, which refuses it unless that selection was installed
-        meanwhile.
+        meanwhile; one between epochs may have been renewed since.
 
         Raises:
             ValueError: if the state's order differs (seed, shuffle, drop_last, epoch_size), or the number of processes

@@ -7,6 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from helpers import Numbers
+from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from selectsampler import LossTracker, Reselect, Selection, SelectSampler
 from selectsampler.reselect import TrainingState, soft_pruning, trusted_and_hard
@@ -64,6 +67,26 @@ def test_a_run_resumed_in_mid_epoch_goes_on_with_the_selection_of_that_epoch(sam
     resumed.load_state_dict(states[1])
     resumed.on_epoch_start(4)
     assert sorted(head + list(fresh)) == list(range(40, 50))
+
+
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata under newer versions of torch
+def test_a_run_resumed_between_epochs_goes_on_with_the_next_selection(kind, workers):
+    def start() -> tuple[Reselect, DataLoader]:
+        sampler = SelectSampler(Selection(range(10), population=100), seed=3)
+        return Reselect(sampler, shifted), kind(Numbers(100), 2, sampler=sampler, num_workers=workers)
+
+    def epoch(number: int, reselect: Reselect, loader: DataLoader) -> list[int]:
+        reselect.on_epoch_start(number)
+        return torch.cat(list(loader)).tolist()
+
+    whole, resumed = start(), start()
+    epoch(3, *whole)
+    stateful = (lambda run: run[1]) if kind is StatefulDataLoader else (lambda run: run[0].sampler)
+    stateful(resumed).load_state_dict(copy.deepcopy(stateful(whole).state_dict()))
+    resumed[0].load_state_dict(copy.deepcopy(whole[0].state_dict()))
+    assert epoch(4, *resumed) == epoch(4, *whole)
 
 
 def test_a_state_passes_through_a_checkpoint_that_unpickles_nothing(sampler, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from selectsampler import Reselect, Selection, SelectSampler
 
@@ -40,8 +41,8 @@ def check(epochs, selections):
     assert not any(torch.equal(a, b) for a, b in pairwise(orders)), "a new order each epoch"
 
 
-@pytest.mark.slow
-def test_lightning_sees_each_epochs_own_selection():
+def lightning_epochs(folder, *, workers=0, stop=None, resumes=False):
+    """The samples that the model saw, by epoch; `stop`: (epoch, steps), or (epoch, None) at its end."""
     lightning = pytest.importorskip("lightning.pytorch")
     from selectsampler.integrations.lightning import ReselectCallback
 
@@ -59,8 +60,20 @@ def test_lightning_sees_each_epochs_own_selection():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
+    class Stop(lightning.Callback):
+        def stop_at(self, trainer, steps):
+            if stop == (trainer.current_epoch, steps):
+                trainer.save_checkpoint(folder / "checkpoint.ckpt")
+                trainer.should_stop = True
+
+        def on_train_batch_end(self, trainer, *_):
+            self.stop_at(trainer, len(seen[trainer.current_epoch]) // BATCH)
+
+        def on_train_epoch_end(self, trainer, *_):
+            self.stop_at(trainer, None)
+
     sampler = SelectSampler(start(), seed=2)
-    loader = DataLoader(Indexed(), batch_size=BATCH, sampler=sampler)
+    loader = StatefulDataLoader(Indexed(), batch_size=BATCH, sampler=sampler, num_workers=workers)
     trainer = lightning.Trainer(
         max_epochs=3,
         accelerator="cpu",
@@ -68,14 +81,26 @@ def test_lightning_sees_each_epochs_own_selection():
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[ReselectCallback(Reselect(sampler, moving))],
+        callbacks=[Stop(), ReselectCallback(Reselect(sampler, moving))],
     )
-    trainer.fit(Model(), loader)
-    check([seen[epoch] for epoch in range(3)], [start(epoch) for epoch in range(3)])
+    trainer.fit(Model(), loader, ckpt_path=folder / "checkpoint.ckpt" if resumes else None)
+    return seen
 
 
 @pytest.mark.slow
-def test_the_hugging_face_trainer_sees_each_epochs_own_selection(tmp_path):
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata under newer versions of torch
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lightning_sees_each_epochs_own_selection_also_when_it_resumes(tmp_path, workers):
+    whole = lightning_epochs(tmp_path, workers=workers)
+    check([whole[epoch] for epoch in range(3)], [start(epoch) for epoch in range(3)])
+    for stop in [(0, 2), (1, 2), (1, KEPT // BATCH), (1, None)]:
+        head = lightning_epochs(tmp_path, workers=workers, stop=stop)
+        rest = lightning_epochs(tmp_path, workers=workers, resumes=True)
+        assert {epoch: head.get(epoch, []) + rest.get(epoch, []) for epoch in whole} == whole, stop
+
+
+def hugging_face_epochs(folder, *, stop=None, resumes=False):
+    """The samples that the model saw, one after the other; `stop`: after so many steps of all."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from selectsampler.integrations.transformers import ReselectCallback
@@ -91,6 +116,10 @@ def test_the_hugging_face_trainer_sees_each_epochs_own_selection(tmp_path):
             seen.extend(labels.tolist())
             return {"loss": self.layer(x).mean()}
 
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, arguments, state, control, **_):
+            control.should_save = control.should_training_stop = state.global_step == stop
+
     sampler = SelectSampler(start(), seed=2, num_replicas=1, rank=0)
 
     class SelectTrainer(transformers.Trainer):
@@ -98,7 +127,7 @@ def test_the_hugging_face_trainer_sees_each_epochs_own_selection(tmp_path):
             return sampler
 
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         num_train_epochs=3,
         per_device_train_batch_size=BATCH,
         save_strategy="no",
@@ -106,10 +135,24 @@ def test_the_hugging_face_trainer_sees_each_epochs_own_selection(tmp_path):
         disable_tqdm=True,
         use_cpu=True,
     )
-    callbacks = [ReselectCallback(Reselect(sampler, moving))]
-    SelectTrainer(Model(), arguments, train_dataset=Indexed(), callbacks=callbacks).train()
-    epochs = [seen[KEPT * epoch : KEPT * (epoch + 1)] for epoch in range(3)]
+
+    def select_fn(epoch, state):
+        assert not (resumes and epoch == 1), "selected again in mid-epoch"
+        return moving(epoch, state)
+
+    callbacks = [ReselectCallback(Reselect(sampler, select_fn)), Stop()]
+    trainer = SelectTrainer(Model(), arguments, train_dataset=Indexed(), callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resumes)
+    return seen
+
+
+@pytest.mark.slow
+def test_the_hugging_face_trainer_sees_each_epochs_own_selection_also_when_it_resumes(tmp_path):
+    whole = hugging_face_epochs(tmp_path)
+    epochs = [whole[KEPT * epoch : KEPT * (epoch + 1)] for epoch in range(3)]
     check(epochs, [start(epoch) for epoch in range(3)])
+    head = hugging_face_epochs(tmp_path, stop=8)
+    assert head + hugging_face_epochs(tmp_path, resumes=True) == whole
 
 
 @pytest.mark.slow
