@@ -20,6 +20,7 @@ from selectsampler import Selection, cli
 from selectsampler.embeddings import clip as clip_module
 
 SCRIPT = Path(__file__).with_name("timm_train_script.py")
+MAKE = ("--select-keep", "0.7", "--select-clip", "tiny")
 KEPT = [1, 2, 3, 5, 8, 9, 10, 12, 13, 15, 17, 18, 19]
 
 
@@ -49,11 +50,11 @@ def kept(data, tmp_path):
 def train(data, tmp_path):
     """Runs `selectsampler timm-train` on the script; returns what the script wrote down, its epochs by number."""
 
-    def run(*script_arguments, select=("--select-keep", "0.7", "--select-clip", "tiny"), script=SCRIPT, code=0):
+    def run(*script_arguments, select=MAKE, code=0):
         record = tmp_path / "record"
         record.mkdir(exist_ok=True)
         given = ("--data-dir", data, "--output", tmp_path / "out", "--experiment", "run", "--record", record)
-        words = ["timm-train", script, *select, "--", *given, *script_arguments]
+        words = ["timm-train", SCRIPT, *select, "--", *given, *script_arguments]
         assert cli.main([str(word) for word in words]) == code
         if code:
             return None
@@ -118,11 +119,23 @@ def test_an_epoch_may_be_longer_than_the_selection(train, kept):
     assert set(epochs[0]["seen"]) == set(KEPT), "none comes twice before all came once"
 
 
-def test_the_script_finds_itself_as_if_python_ran_it(train):
-    record = train("--epochs", 1)
-    assert record["argv"][0] == str(SCRIPT)
-    assert record["argv"][-2:] == ["--epochs", "1"]
-    assert record["first_path"] == str(SCRIPT.parent)
+def test_a_data_set_of_several_views_is_judged_by_its_images(data, tmp_path, capsys):
+    script = written(
+        tmp_path,
+        "from timm.data import AugMixDataset, create_dataset, create_loader\n"
+        f"dataset = AugMixDataset(create_dataset('', root={str(data)!r}, split='train'), num_splits=2)\n"
+        f"loader = create_loader(dataset, {PLAIN}, num_aug_splits=2, auto_augment='augmix-m3')\n"
+        "print([len(views) for views, _ in loader])\n",
+    )
+    assert cli.main(["timm-train", str(script), *MAKE, "--"]) == 0
+    assert capsys.readouterr().out == "[2, 2, 2]\n"
+
+
+def test_the_script_runs_as_if_python_ran_it(tmp_path, capsys):
+    (tmp_path / "beside_train.py").write_text("text = 'found'\n")
+    script = written(tmp_path, "import sys, beside_train\nprint(__name__, beside_train.text, sys.argv)\n")
+    assert cli.main(["timm-train", str(script), *MAKE, "--", "--epochs", "2", "--"]) == 0
+    assert capsys.readouterr().out == f"__main__ found {[str(script), '--epochs', '2', '--']}\n"
 
 
 def test_timm_and_the_interpreter_are_as_before_afterwards(train, kept):
@@ -241,8 +254,6 @@ def test_a_checkpoint_without_a_selection_beside_it_is_said(train, kept, tmp_pat
 
 
 # --- refusals
-
-MAKE = ("--select-keep", "0.7", "--select-clip", "tiny")
 
 
 @pytest.fixture

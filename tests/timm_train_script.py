@@ -6,7 +6,6 @@ Image i of its data is grey throughout, of value 4 i of 255, so that pixels tell
 import argparse
 import json
 import os
-import sys
 from datetime import datetime
 
 import torch
@@ -133,7 +132,7 @@ def main():
         else:
             lr_scheduler.step(start_epoch)
 
-    record = {"argv": sys.argv, "first_path": sys.path[0], "updates_per_epoch": updates_per_epoch, "epochs": {}}
+    record = {"updates_per_epoch": updates_per_epoch, "epochs": {}}
     for epoch in range(start_epoch, num_epochs):
         tell_epoch(args, dataset_train, loader_train, epoch)
         seen, rates = train_one_epoch(epoch, model, loader_train, optimizer, lr_scheduler, device)

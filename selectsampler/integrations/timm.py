@@ -141,9 +141,9 @@ class Launcher:
         elif self._folder is None:
             _tell(f"warning: {script} made no output folder by timm.utils.get_outdir: the selection was not saved.")
 
-    def _init_distributed_device(self, original: Callable, arguments: Any, **options: Any) -> Any:
-        self._script_arguments = arguments
-        return original(arguments, **options)
+    def _init_distributed_device(self, original: Callable, *arguments: Any, **options: Any) -> Any:
+        self._script_arguments = _bound(original, arguments, options)["args"]
+        return original(*arguments, **options)
 
     def _get_outdir(self, original: Callable, *arguments: Any, **options: Any) -> Any:
         folder = original(*arguments, **options)
@@ -186,7 +186,10 @@ class Launcher:
             rehearsal = SelectSampler(Selection(torch.arange(size), len(dataset)), **order)
             _check_epoch(with_sampler(loader, rehearsal), call["batch_size"])
         self.selection = self._make(dataset, call) if selection is None else selection
-        _tell(f"trains on {len(self.selection)} of {self.selection.population} samples ({self.selection}).")
+        _tell(
+            f"trains on {len(self.selection)} of {self.selection.population} samples, fingerprint "
+            f"{self.selection.fingerprint:.8}."
+        )
         if self.selection.loss_weights is not None:
             warnings.warn("The selection has loss weights, and train.py does not apply them.", stacklevel=2)
         sampler = SelectSampler(self.selection, **order)
