@@ -258,18 +258,21 @@ class SelectSampler(DistributedSampler[int]):
         Args:
             step: counted from the epoch's start, also after a resume.
             batch_size: of this rank's loader.
-            num_shards, shard: where batches are dealt out in turn to several processes, as accelerate does.
+            num_shards, shard: where batches are dealt out in turn to several processes, as accelerate does, whose last
+                round goes on with the epoch's first samples until every process has a whole batch.
 
         Raises:
             ValueError: if the epoch has no such step.
         """
         samples = self._shard()
-        start = (step * num_shards + shard) * batch_size
-        if step < 0 or not 0 <= shard < num_shards or start >= len(samples):
+        if not 0 <= shard < num_shards or not 0 <= step * num_shards * batch_size < len(samples):
             raise ValueError(
                 f"Step {step} (batches of {batch_size}, shard {shard} of {num_shards}) is not in this epoch."
             )
-        return samples[start : start + batch_size].clone()
+        start = (step * num_shards + shard) * batch_size
+        if num_shards == 1:
+            return samples[start : start + batch_size].clone()
+        return samples[torch.arange(start, start + batch_size) % len(samples)]
 
     def _epoch_length(self) -> int:
         return len(self.selection) if self.epoch_size is None else self.epoch_size

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from selectsampler import Reselect, Selection, SelectSampler, with_sampler
+from selectsampler import LossTracker, Reselect, Selection, SelectSampler, with_sampler
 
 POPULATION, EPOCHS, batch_size = 60, 3, 4
 SELECTED = list(range(6, 53))  # 47: neither batches nor two or four processes share them evenly
@@ -52,18 +52,29 @@ class Run:
     resumes: bool = False
     batches: dict[int, list[list[int]]] = field(default_factory=lambda: defaultdict(list))  # by epoch
     lengths: set[int | None] = field(default_factory=set)  # all that len(loader) ever was
+    losses: LossTracker = field(default_factory=lambda: LossTracker(POPULATION))
 
-    def see(self, epoch: int, labels, length: int | None) -> bool:
-        """Note a batch; True where the run stops after it."""
+    def see(self, epoch: int, labels, length: int | None, indices: torch.Tensor | None = None) -> bool:
+        """Note a batch, and its losses at `indices`; True where the run stops after it."""
         self.batches[epoch].append(torch.as_tensor(labels).tolist())
         self.lengths.add(length)
+        if indices is not None:
+            self.losses.update(indices, loss_of(labels))
         return self.stops and (epoch, len(self.batches[epoch])) == STOP
 
     def save(self, state: dict) -> None:
-        torch.save(state, self.folder / f"state-{rank()}.pt")
+        self.losses.synchronize()
+        torch.save(state | {"losses": self.losses.state_dict()}, self.folder / f"state-{rank()}.pt")
 
     def load(self) -> dict:
-        return torch.load(self.folder / f"state-{rank()}.pt", weights_only=False)
+        state = torch.load(self.folder / f"state-{rank()}.pt", weights_only=False)
+        self.losses.load_state_dict(state["losses"])
+        return state
+
+
+def loss_of(labels: torch.Tensor) -> torch.Tensor:
+    """A loss that tells which sample it is of."""
+    return labels.float() * 0.37
 
 
 def rank() -> int:
@@ -82,8 +93,7 @@ def loop(run: Run, loader, sampler: SelectSampler) -> None:
     for epoch in range(first, EPOCHS):
         sampler.set_epoch(epoch)
         for step, (_, labels) in enumerate(loader, start=done):
-            assert sampler.batch_indices(step, batch_size).tolist() == labels.tolist()
-            if run.see(epoch, labels, len(loader)):
+            if run.see(epoch, labels, len(loader), sampler.batch_indices(step, batch_size)):
                 steps = step + 1
                 run.save(sampler.state_dict(yielded=steps * batch_size))
                 return
@@ -236,13 +246,17 @@ def accelerate(run: Run) -> None:
     accelerator = Accelerator(cpu=True)
     sampler = SelectSampler(selection, num_replicas=1, rank=0)
     loader = accelerator.prepare(DataLoader(dataset, batch_size, sampler=sampler))
-    first, done = (run.load()["epoch"], run.load()["steps"]) if run.resumes else (0, 0)
+    first, done = 0, 0
+    if run.resumes:
+        state = run.load()
+        first, done = state["epoch"], state["steps"]
+    shard = {"num_shards": accelerator.num_processes, "shard": accelerator.process_index}
     for epoch in range(first, EPOCHS):
         loader.set_epoch(epoch)
         rest = skip_first_batches(loader, done) if done else loader
-        for _, labels in rest:
-            if run.see(epoch, labels, len(loader)):
-                run.save({"epoch": epoch, "steps": len(run.batches[epoch])})
+        for step, (_, labels) in enumerate(rest, start=done):
+            if run.see(epoch, labels, len(loader), sampler.batch_indices(step, batch_size, **shard)):
+                run.save({"epoch": epoch, "steps": step + 1})
                 return
         done = 0
 
@@ -261,6 +275,10 @@ class Case:
     refused: str = ""  # with these words, which README repeats
     drop_last: bool = False
     has_length: bool = True
+
+    @property
+    def tracks_losses(self) -> bool:
+        return self.train in (plain, timm, repeated_augmentation, accelerate)
 
     @property
     def name(self) -> str:
@@ -306,7 +324,8 @@ def run_case(case: Case, folder: Path) -> dict[str, dict]:
     for kind, how in RUNS.items():
         run = Run(folder, **how)
         case.train(run, **case.options)
-        seen[kind] = {"epochs": dict(run.batches), "lengths": run.lengths}
+        run.losses.synchronize()
+        seen[kind] = {"epochs": dict(run.batches), "lengths": run.lengths, "losses": run.losses.mean}
     return seen
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import matrix_rows
 import pytest
 import torch
-from matrix_rows import CASES, EPOCHS, SELECTED, STOP, Case, batch_size, run_case
+from matrix_rows import CASES, EPOCHS, POPULATION, SELECTED, STOP, Case, batch_size, loss_of, run_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata under newer versions of torch
 
@@ -29,6 +29,9 @@ def check(case: Case, ranks: list[dict[str, dict]]) -> None:
         assert set(seen) <= set(SELECTED)
         assert (seen - Counter(SELECTED)).total() == repeated
         assert (Counter(SELECTED) - seen).total() == dropped
+    if case.tracks_losses:
+        for rank in ranks:
+            check_losses(rank, ranks)
 
 
 def check_runs(case: Case, seen: dict[str, dict]) -> None:
@@ -42,6 +45,16 @@ def check_runs(case: Case, seen: dict[str, dict]) -> None:
     assert seen["resumed"]["epochs"] == {stop_epoch: whole[stop_epoch][stop:], 2: whole[2]}
     lengths = set().union(*(run["lengths"] for run in seen.values()))
     assert lengths == {steps if case.has_length else None}
+
+
+def check_losses(seen: dict[str, dict], ranks: list[dict[str, dict]]) -> None:
+    """One rank knows the losses of what all ranks saw, each at its own sample, also after a resume."""
+    batches = [batch for rank in ranks for epoch in rank["whole"]["epochs"].values() for batch in epoch]
+    shown = torch.tensor([sample for batch in batches for sample in batch]).unique()
+    expected = torch.full((POPULATION,), torch.nan)
+    expected[shown] = loss_of(shown)
+    for kind in ("whole", "resumed"):
+        torch.testing.assert_close(seen[kind]["losses"], expected, rtol=0, atol=0, equal_nan=True)
 
 
 def cases(*, processes: int, refused: bool = False) -> pytest.MarkDecorator:

@@ -450,6 +450,18 @@ def test_batch_indices_of_a_shard_are_every_so_manieth_batch_as_accelerate_deals
         assert mine == batches[shard::shards]
 
 
+@pytest.mark.parametrize("samples", [1, 7, 16, 18, 21, 24])
+@pytest.mark.parametrize("shards", [2, 3])
+def test_batch_indices_of_a_shard_go_on_with_the_first_samples_as_accelerate_does(samples, shards):
+    accelerate = pytest.importorskip("accelerate.data_loader")
+    sampler = SelectSampler(range(samples))
+    for shard in range(shards):
+        batches = BatchSampler(sampler, 4, drop_last=False)
+        dealt = list(accelerate.BatchSamplerShard(batches, shards, shard))
+        steps = range(len(dealt))
+        assert [sampler.batch_indices(s, 4, num_shards=shards, shard=shard).tolist() for s in steps] == dealt
+
+
 def test_batch_indices_follow_an_update():
     sampler = SelectSampler([1, 2, 3], shuffle=False)
     sampler.batch_indices(0, 2)
