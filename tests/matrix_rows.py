@@ -12,6 +12,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -110,7 +111,7 @@ def timm(run: Run, **options) -> None:
     from timm.data import create_loader
 
     sampler = SelectSampler(selection)
-    arguments = {"input_size": 8, "batch_size": batch_size, "is_training": True, "device": torch.device("cpu")}
+    arguments = {"input_size": (3, 8, 8), "batch_size": batch_size, "is_training": True, "device": torch.device("cpu")}
     loader = create_loader(Pictures(), **arguments | {"num_workers": 0, "persistent_workers": False} | options)
     loader = with_sampler(loader, sampler)
     loop(run, loader, sampler)
@@ -275,6 +276,11 @@ class Case:
     refused: str = ""  # with these words, which README repeats
     drop_last: bool = False
     has_length: bool = True
+    needs: str = "torch"  # a module without which it is left out
+
+    @property
+    def available(self) -> bool:
+        return find_spec(self.needs.split(".")[0]) is not None and find_spec(self.needs) is not None
 
     @property
     def tracks_losses(self) -> bool:
@@ -301,17 +307,23 @@ CASES = [
         options={"use_multi_epochs_loader": True},
         refused="starts the next epoch early",
     ),
-    Case("timm `input_size_choices`", timm, options={"input_size_choices": [8, 12]}, refused="scheduled sizes"),
+    Case(
+        "timm `input_size_choices`",
+        timm,
+        options={"input_size_choices": [8, 12]},
+        refused="scheduled sizes",
+        needs="timm.data.scheduled_sampler",
+    ),
     Case("torchdata `StatefulDataLoader`", stateful, options={"workers": 0}),
     Case("torchdata `StatefulDataLoader`", stateful, options={"workers": 2}),
     Case("torchdata `StatefulDataLoader`", stateful, 2, {"workers": 0}),
-    Case("`torchdata.nodes`", nodes, has_length=False),
-    Case("Lightning `Trainer`", lightning),
-    Case("Lightning `Trainer`", lightning, 2, {"strategy": "ddp", "devices": 2}),
-    Case("Hugging Face `Trainer`", hugging_face, 1),
-    Case("Hugging Face `Trainer`", hugging_face, 2),
-    Case("accelerate `prepare`", accelerate, 1),
-    Case("accelerate `prepare`", accelerate, 2),
+    Case("`torchdata.nodes`", nodes, has_length=False, needs="torchdata.nodes"),
+    Case("Lightning `Trainer`", lightning, needs="lightning"),
+    Case("Lightning `Trainer`", lightning, 2, {"strategy": "ddp", "devices": 2}, needs="lightning"),
+    Case("Hugging Face `Trainer`", hugging_face, 1, needs="transformers"),
+    Case("Hugging Face `Trainer`", hugging_face, 2, needs="transformers"),
+    Case("accelerate `prepare`", accelerate, 1, needs="accelerate"),
+    Case("accelerate `prepare`", accelerate, 2, needs="accelerate"),
 ]
 RUNS = {"whole": {}, "again": {}, "stopped": {"stops": True}, "resumed": {"resumes": True}}
 
@@ -334,7 +346,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     for case in CASES:
-        if case.processes == torch.distributed.get_world_size():
+        if case.processes == torch.distributed.get_world_size() and case.available:
             torch.save(run_case(case, folder), folder / f"{case.name}-{rank()}.pt")
             torch.distributed.barrier()
     torch.distributed.destroy_process_group()

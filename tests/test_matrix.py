@@ -59,10 +59,12 @@ def check_losses(seen: dict[str, dict], ranks: list[dict[str, dict]]) -> None:
 
 def cases(*, processes: int, refused: bool = False) -> pytest.MarkDecorator:
     chosen = [case for case in CASES if case.processes == processes and bool(case.refused) == refused]
-    heavy = ("lightning", "hugging_face", "accelerate")
-    marks = [[pytest.mark.slow] if case.train.__name__ in heavy else [] for case in chosen]
-    parameters = [pytest.param(case, id=case.name, marks=mark) for case, mark in zip(chosen, marks, strict=True)]
-    return pytest.mark.parametrize("case", parameters)
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=marks(case)) for case in chosen])
+
+
+def marks(case: Case) -> list[pytest.MarkDecorator]:
+    missing = pytest.mark.skipif(not case.available, reason=f"there is no {case.needs}")
+    return [missing, pytest.mark.slow] if case.needs in ("lightning", "transformers", "accelerate") else [missing]
 
 
 @cases(processes=1)
@@ -105,8 +107,6 @@ def test_on_four_processes(case, torchrun):
 
 @cases(processes=1, refused=True)
 def test_what_cannot_work_is_refused_with_its_reason(case, tmp_path):
-    if case.train is matrix_rows.timm and "input_size_choices" in case.options:
-        pytest.importorskip("timm.data.scheduled_sampler")
     with pytest.raises(ValueError, match=case.refused):
         run_case(case, tmp_path)
 
