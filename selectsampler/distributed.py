@@ -8,23 +8,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["barrier", "broadcast", "check_agreement", "from_rank_zero", "gather", "process_count", "process_rank"]
+__all__ = [
+    "barrier",
+    "broadcast",
+    "check_agreement",
+    "from_rank_zero",
+    "gather",
+    "has_group",
+    "process_count",
+    "process_rank",
+]
 
 T = TypeVar("T")
 
 
 def process_count() -> int:
     """How many processes run this program: from the process group, else from torchrun's environment, else 1."""
-    if _has_group():
+    if has_group():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def process_rank() -> int:
     """Which of them this is, from 0."""
-    if _has_group():
+    if has_group():
         return dist.get_rank()
     return int(os.environ.get("RANK", "0"))
+
+
+def has_group() -> bool:
+    """Whether the processes can talk to each other."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def barrier() -> None:
@@ -74,14 +88,10 @@ def check_agreement(value: str, *, what: str) -> None:
 
 
 def _check_group() -> None:
-    if not _has_group():
+    if not has_group():
         raise ValueError(
             f"{process_count()} processes run, but they cannot talk: call torch.distributed.init_process_group() first."
         )
-
-
-def _has_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _all(value: Any) -> list[Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
-from selectsampler.distributed import from_rank_zero, process_count, process_rank
+from selectsampler.distributed import from_rank_zero, has_group, process_count, process_rank
 from selectsampler.selection import Selection
 
 __all__ = ["SelectSampler", "epoch_order", "rank_shard", "with_sampler"]
@@ -69,6 +69,7 @@ class SelectSampler(DistributedSampler[int]):
         if len(self.selection) == 0:
             raise ValueError("The selection is empty: there is nothing to sample.")
         self.ranks_given = num_replicas is not None
+        self._follows_group = False
         self.epoch_size = epoch_size
         super().__init__(
             range(self._epoch_length()),  # type: ignore[arg-type]
@@ -90,10 +91,12 @@ class SelectSampler(DistributedSampler[int]):
     def from_process_group(cls, selection: Selection | Sequence[int] | Tensor, **options: Any) -> "SelectSampler":
         """A sampler that shares each epoch with the other processes, for plain loops, timm and Lightning.
 
-        Ranks come from the process group, or from torchrun's environment before there is one. `options` as in the
-        class.
+        Ranks come from the process group, or from torchrun's environment before there is one; a group that is made
+        later, as by Lightning's own launchers, has the last word. `options` as in the class.
         """
-        return cls(selection, num_replicas=process_count(), rank=process_rank(), **options)
+        sampler = cls(selection, num_replicas=process_count(), rank=process_rank(), **options)
+        sampler._follows_group = True
+        return sampler
 
     @classmethod
     def from_dataset(
@@ -209,6 +212,7 @@ class SelectSampler(DistributedSampler[int]):
         After a complete pass it is the start of the next epoch. Loaders with workers read ahead of training: such loops
         pass the number of samples that this rank has trained on in this epoch as `yielded`.
         """
+        self._follow_group()
         position = self.yielded if yielded is None else yielded
         restored = yielded is None and self._resume_at > 0  # perhaps of a selection that is yet to come
         if not restored and not 0 <= position <= self.num_samples:
@@ -241,6 +245,7 @@ class SelectSampler(DistributedSampler[int]):
                     f"The state was saved with {name}={state[name]}, but this sampler has {name}={value}: its order "
                     "differs. Make the sampler with the same arguments."
                 )
+        self._follow_group()
         consumed = state["yielded"] * state["num_replicas"]
         if consumed % self.num_replicas:
             raise ValueError(
@@ -264,6 +269,7 @@ class SelectSampler(DistributedSampler[int]):
         Raises:
             ValueError: if the epoch has no such step.
         """
+        self._follow_group()
         samples = self._shard()
         if not 0 <= shard < num_shards or not 0 <= step * num_shards * batch_size < len(samples):
             raise ValueError(
@@ -293,7 +299,17 @@ class SelectSampler(DistributedSampler[int]):
         self._resume_at = self._chunk_end = 0
         self._chunk = iter(())
 
+    def _follow_group(self) -> None:
+        if not (self._follows_group and has_group()):
+            return
+        if (process_count(), process_rank()) != (self.num_replicas, self.rank):
+            if self._resume_at:
+                raise ValueError("The process group was made after the sampler's state was loaded: load it after that.")
+            self.num_replicas, self.rank = process_count(), process_rank()
+            self._measure()
+
     def _check_ranks(self) -> None:
+        self._follow_group()
         if not self.ranks_given and process_count() > 1:
             raise ValueError(
                 f"{process_count()} processes run, and this sampler was not told how to share an epoch among them. Use "

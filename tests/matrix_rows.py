@@ -352,5 +352,12 @@ def main(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def launch_lightning(folder: Path) -> None:
+    """Lightning starts the second process itself, after this one has made its sampler."""
+    run = Run(folder)
+    lightning(run, strategy="ddp", devices=2)
+    torch.save(dict(run.batches), folder / f"launched-{os.environ['LOCAL_RANK']}.pt")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"torchrun": main, "lightning": launch_lightning}[sys.argv[1]](Path(sys.argv[2]))

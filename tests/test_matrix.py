@@ -82,7 +82,7 @@ def torchrun(tmp_path_factory):
             folders[case.processes] = folder = tmp_path_factory.mktemp("ranks")
             command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={case.processes}"]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", *command, matrix_rows.__file__, str(folder)]
+            command = [sys.executable, "-m", *command, matrix_rows.__file__, "torchrun", str(folder)]
             run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
             (folder / "output").write_text(run.stdout + run.stderr)
         files = [folders[case.processes] / f"{case.name}-{rank}.pt" for rank in range(case.processes)]
@@ -109,6 +109,21 @@ def test_on_four_processes(case, torchrun):
 def test_what_cannot_work_is_refused_with_its_reason(case, tmp_path):
     with pytest.raises(ValueError, match=case.refused):
         run_case(case, tmp_path)
+
+
+@pytest.mark.slow
+def test_processes_that_lightning_starts_itself_share_the_epochs(tmp_path):
+    pytest.importorskip("lightning")
+    command = [sys.executable, matrix_rows.__file__, "lightning", str(tmp_path)]
+    run = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr[-5000:]
+    ranks = [torch.load(tmp_path / f"launched-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for epoch in range(EPOCHS):
+        samples = [sample for rank in ranks for batch in rank[epoch] for sample in batch]
+        assert sorted(set(samples)) == SELECTED
+        assert len(samples) == len(SELECTED) + 1
 
 
 # --- the table itself

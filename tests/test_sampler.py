@@ -122,6 +122,19 @@ def test_a_sampler_from_the_process_group_takes_its_ranks_from_torchrun(monkeypa
     assert list(SelectSampler.from_process_group(PRIMES, shuffle=False, drop_last=True)) == [3, 7]
 
 
+def test_a_process_group_that_is_made_later_has_the_last_word(monkeypatch):
+    sampler, resumed = (SelectSampler.from_process_group(PRIMES, shuffle=False) for _ in range(2))
+    resumed.load_state_dict(interrupted(SelectSampler(PRIMES, shuffle=False), 2)[1])
+    given = SelectSampler(PRIMES, shuffle=False, num_replicas=1, rank=0)
+    for name, answer in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 1)):
+        monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
+    assert sampler.state_dict()["num_replicas"] == 2
+    assert sampler.batch_indices(0, 2).tolist() == [3, 7]
+    assert (len(sampler), list(sampler), list(given)) == (3, [3, 7, 2], PRIMES)
+    with pytest.raises(ValueError, match="group was made after the sampler's state was loaded"):
+        len(resumed)
+
+
 def test_a_sampler_from_no_process_group_is_the_only_one():
     assert list(SelectSampler.from_process_group(PRIMES, shuffle=False)) == PRIMES
 
