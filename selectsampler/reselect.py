@@ -193,34 +193,44 @@ class Reselect:
         return from_rank_zero(lambda: select_fn(epoch, state), what=f"the selection of epoch {epoch}")
 
 
-def trusted_and_hard(trust: Tensor, count: int) -> SelectFn:
-    """A `select_fn` that drops what is learned and keeps what is trusted but hard: the top of trust * mean loss.
+def trusted_and_hard(trust: Tensor, count: int, *, classes: int, seed: int = 0) -> SelectFn:
+    """A `select_fn` that draws what is probably labelled right and not learned yet, anew each time.
 
-    A high loss on a sample whose label is not trusted does not count as hard. Samples that were not seen yet count as
-    the hardest of all seen.
+    The network being trained is a second judge of the labels: p = exp(-mean loss) is the probability that it gives
+    them, against what `trust` says. With the rest of both spread evenly over the other classes,
+
+        right = trust p / (trust p + (1 - trust) (1 - p) / (classes - 1)),
+
+    and samples are drawn without repetition in proportion to right * (1 - p). So a high loss on a sample whose label is
+    not trusted does not count as hard, what is learned comes less often, and a label that only the network believes
+    comes back. Samples that were not seen yet stand at chance, p = 1 / classes, where right = trust.
 
     >>> losses = LossTracker(3, momentum=0.0)
-    >>> losses.update(torch.tensor([0, 1, 2]), torch.tensor([5.0, 1.0, 0.1]))
-    >>> select_fn = trusted_and_hard(torch.tensor([0.1, 0.9, 0.9]), count=1)
+    >>> losses.update(torch.tensor([0, 1, 2]), torch.tensor([9.0, 1.0, 0.0]))
+    >>> select_fn = trusted_and_hard(torch.tensor([0.01, 0.9, 0.9]), count=1, classes=10)
     >>> select_fn(0, TrainingState(Selection([0], population=3), losses)).indices
     tensor([1])
 
     Args:
-        trust: (N,), floating point, in [0, 1]: how likely each label is right.
+        trust: (N,), floating point, in [0, 1]: how likely each label is right, as by adapters that did not see it.
         count: samples to select.
+        classes: C, at least 2.
+        seed: of the draws, mixed with the epoch.
     """
     check_vector(trust, name="trust")
     if (trust < 0).any() or (trust > 1).any():
         raise ValueError("trust must lie in [0, 1]: a probability that the label is right.")
+    if classes < 2:
+        raise ValueError(f"classes is {classes}, but there must be at least two for a label to be wrong.")
+    known = trust.cpu().double()
 
     def select_fn(epoch: int, state: TrainingState) -> Selection:
-        loss = _mean_losses(state)
-        seen = ~loss.isnan()
-        hardest = float(loss[seen].max()) if seen.any() else 1.0
-        utility = trust.cpu().double() * loss.nan_to_num(hardest)
-        chosen = top_k(utility, count)
-        provenance = {"select_fn": "trusted_and_hard", "epoch": epoch}
-        return Selection(chosen, len(trust), objective=float(utility[chosen].sum()), provenance=provenance)
+        p = (-_mean_losses(state)).exp().nan_to_num(1 / classes)
+        right = known * p / (known * p + (1 - known) * (1 - p) / (classes - 1)).clamp_min(1e-300)
+        weight = right * (1 - p)
+        race = torch.from_numpy(np.random.default_rng([seed, epoch]).exponential(size=len(known)))
+        chosen = top_k(weight / race, count)  # the first `count` of clocks that ring at these rates
+        return Selection(chosen, len(known), provenance={"select_fn": "trusted_and_hard", "epoch": epoch})
 
     return select_fn
 

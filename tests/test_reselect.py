@@ -120,12 +120,51 @@ def test_a_sample_that_padding_shows_twice_counts_once():
     assert tracker.mean[3] == 1.0
 
 
+def drawn_alone(trust, losses, *, classes, draws=4000):
+    """How often each sample is drawn when one is."""
+    state = TrainingState(Selection([0], population=len(trust)), losses)
+    select_fn = trusted_and_hard(trust, count=1, classes=classes, seed=3)
+    chosen = torch.cat([select_fn(epoch, state).indices for epoch in range(draws)])
+    return torch.bincount(chosen, minlength=len(trust)) / draws
+
+
+def test_trusted_and_hard_samples_are_drawn_in_proportion_to_what_both_judges_say():
+    losses, trust, classes = LossTracker(5), [0.9, 0.9, 0.3, 0.02, 0.6], 4
+    p = [0.2, 0.9, 0.5, 0.1, 0.25]
+    losses.update(torch.arange(4), -torch.tensor(p[:4]).log())  # the last was not seen: at chance
+    right = [t * q / (t * q + (1 - t) * (1 - q) / (classes - 1)) for t, q in zip(trust, p, strict=True)]
+    assert right[4] == pytest.approx(trust[4])
+    expected = torch.tensor([r * (1 - q) for r, q in zip(right, p, strict=True)])
+    found = drawn_alone(torch.tensor(trust), losses, classes=classes)
+    assert (found - expected / expected.sum()).abs().max() < 0.03  # four standard deviations
+
+
 def test_a_high_loss_on_a_distrusted_label_is_not_hard():
+    losses = LossTracker(300)
+    losses.update(torch.arange(300), torch.tensor([6.0, 1.0, 0.01]).repeat_interleave(100))
+    trust = torch.tensor([0.02, 0.9, 0.9]).repeat_interleave(100)
+    state = TrainingState(Selection([0], population=300), losses)
+    chosen = trusted_and_hard(trust, count=100, classes=10)(0, state).indices
+    assert len(chosen) == 100
+    assert (chosen // 100 == 1).sum() > 90
+    again, later = (trusted_and_hard(trust, count=100, classes=10)(epoch, state).indices for epoch in (0, 1))
+    assert torch.equal(again, chosen)
+    assert not torch.equal(later, chosen)
+
+
+def test_a_label_that_is_certainly_wrong_comes_last_and_extreme_losses_do_no_harm():
     losses = LossTracker(4)
-    losses.update(torch.arange(4), torch.tensor([9.0, 2.0, 1.0, 0.0]))
-    select_fn = trusted_and_hard(torch.tensor([0.01, 0.9, 0.9, 0.9]), count=2)
+    losses.update(torch.arange(4), torch.tensor([2.0, 0.0, 1e4, 1.0]))
     state = TrainingState(Selection([0], population=4), losses)
-    assert select_fn(0, state).indices.tolist() == [1, 2]
+    select_fn = trusted_and_hard(torch.tensor([0.0, 1.0, 1.0, 0.5]), count=1, classes=2)
+    assert {int(select_fn(epoch, state).indices) for epoch in range(50)} == {3}
+
+
+def test_trust_that_is_no_probability_and_a_single_class_are_refused():
+    with pytest.raises(ValueError, match="must lie in"):
+        trusted_and_hard(torch.tensor([0.5, 1.5]), count=1, classes=10)
+    with pytest.raises(ValueError, match="at least two"):
+        trusted_and_hard(torch.tensor([0.5, 0.5]), count=1, classes=1)
 
 
 def test_soft_pruning_keeps_the_expected_gradient():
