@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from selectsampler import LossTracker, Reselect, Selection, SelectSampler
 
-POPULATION, KEPT, batch_size, EPOCHS = 240, 119, 4, 4
-STEPS = 15  # an epoch, on each of two ranks
+POPULATION, KEPT, batch_size, EPOCHS = 240, 117, 4, 4
+STEPS = 15  # an epoch, on each of two ranks; the last one is short
 EVERY = 4  # steps between checkpoints
 
 

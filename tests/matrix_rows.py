@@ -96,7 +96,7 @@ def loop(run: Run, loader, sampler: SelectSampler) -> None:
         for step, (_, labels) in enumerate(loader, start=done):
             if run.see(epoch, labels, len(loader), sampler.batch_indices(step, batch_size)):
                 steps = step + 1
-                run.save(sampler.state_dict(yielded=steps * batch_size))
+                run.save(sampler.state_dict(yielded=min(steps * batch_size, len(sampler))))
                 return
         done = 0
 
