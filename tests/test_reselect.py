@@ -129,8 +129,8 @@ def drawn_alone(trust, losses, *, classes, draws=4000):
 
 
 def test_trusted_and_hard_samples_are_drawn_in_proportion_to_what_both_judges_say():
-    losses, trust, classes = LossTracker(5), [0.9, 0.9, 0.3, 0.02, 0.6], 4
-    p = [0.2, 0.9, 0.5, 0.1, 0.25]
+    losses, trust, classes = LossTracker(5), [0.9, 0.9, 0.3, 0.02, 0.3], 10
+    p = [0.2, 0.9, 0.5, 0.1, 0.1]
     losses.update(torch.arange(4), -torch.tensor(p[:4]).log())  # the last was not seen: at chance
     right = [t * q / (t * q + (1 - t) * (1 - q) / (classes - 1)) for t, q in zip(trust, p, strict=True)]
     assert right[4] == pytest.approx(trust[4])
