@@ -535,8 +535,12 @@ def open_report(arguments: argparse.Namespace, protocol: Protocol) -> dict[str, 
     Raises:
         ValueError: if the file is the report of another setting.
     """
-    names = ("clip", "noise", "corrupt", "keep", "first_per_class")
-    setting = {"data": arguments.data.name} | {name: getattr(arguments, name) for name in names} | asdict(protocol)
+    clip = arguments.clip
+    if isinstance(clip, str) and clip.startswith("local-dir:"):
+        clip = f"local-dir:{Path(clip).name}"  # wherever it lies
+    setting = {"data": arguments.data.name, "clip": clip}
+    setting |= {name: getattr(arguments, name) for name in ("noise", "corrupt", "keep", "first_per_class")}
+    setting |= asdict(protocol)
     if arguments.report is not None and arguments.report.exists():
         report = json.loads(arguments.report.read_text())
         differing = [name for name in setting if report["setting"].get(name) != setting[name]]

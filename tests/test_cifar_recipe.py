@@ -3,13 +3,18 @@
 import json
 import pickle
 import zipfile
+from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from selectsampler.recipes import cifar
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.testing import assert_close
 
 from selectsampler import LossTracker, Reselect, Selection, SelectSampler
@@ -107,6 +112,22 @@ def test_the_usual_protocol_lowers_the_rate_at_epochs_60_120_and_160():
     assert updates == 200 * 97
     rates = [protocol.rate(97 * epoch / updates) for epoch in (0, 59, 60, 119, 120, 159, 160, 199)]
     assert_close(rates, [0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008, 0.0008])
+
+
+def test_the_arguments_for_timm_train_make_the_same_schedule_and_optimizer():
+    path = Path(cifar.__file__).with_name("timm") / "cifar.yaml"
+    given = Namespace(**yaml.safe_load(path.read_text()), clip_grad=None, min_lr=0.0, warmup_lr=0.0)
+    optimizer = create_optimizer_v2(torch.nn.Linear(2, 2), **optimizer_kwargs(given))
+    schedule, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(given), updates_per_epoch=97)
+    protocol, rates = cifar.Protocol(), []
+    for epoch in range(epochs):  # train.py: step(0) before the first epoch, step(epoch) before every other
+        schedule.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert_close(rates, [protocol.rate(epoch / 200) for epoch in range(200)])
+    assert optimizer.defaults["nesterov"]
+    assert optimizer.defaults["momentum"] == protocol.momentum
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, protocol.weight_decay}
+    assert given.batch_size == protocol.batch_size
 
 
 def test_quick_trains_subsets_of_every_size_equally_long_in_one_cycle():
