@@ -126,6 +126,32 @@ def test_borders_of_blocks_change_nothing(monkeypatch, workspace):
     assert_close(sample_diversity(features, labels, 2), slow_diversity(features, labels, 2), **CLOSE)
 
 
+@pytest.mark.parametrize("block", [1, 7, 33, 100])
+def test_distances_mirrored_at_the_diagonal_are_those_computed(monkeypatch, block):
+    features, _, labels = random_features(samples=100, classes=3)
+    expected = slow_diversity(features, labels, 5)
+    monkeypatch.setattr(diversity, "BLOCK", block)
+    assert_close(sample_diversity(features, labels, 5), expected, **CLOSE)
+    monkeypatch.setattr(diversity, "WORKSPACE", 300)  # too little to keep what is to be mirrored
+    assert_close(sample_diversity(features, labels, 5), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_neighbours_that_are_twins_of_each_other_are_rounded_alike_and_still_keep_their_digits(seed):
+    features, _, _ = random_features(samples=402, classes=1, dim=128, seed=seed)
+    centres = torch.stack([features[0], -features[0]])
+    crowds = centres.repeat(150, 1) * (1 + 1e-7 * torch.arange(300)[:, None])
+    features, labels = torch.cat([crowds, centres.repeat(200, 1) + 0.16 * features[2:]]), torch.zeros(700).long()
+    assert_close(sample_diversity(features, labels, 100), slow_diversity(features, labels, 100), rtol=2e-6, atol=0)
+
+
+def test_features_in_clusters_as_clip_makes_them_need_no_second_look_in_float64(monkeypatch):
+    features, centres, labels = random_features(samples=500, classes=5, dim=128)
+    features, labels = 0.3 * features + centres[labels], torch.zeros(500, dtype=torch.int64)
+    monkeypatch.setattr(diversity, "_mean_nearest_exactly", lambda *_: 1 / 0)
+    assert_close(sample_diversity(features, labels, 49), slow_diversity(features, labels, 49), **CLOSE)
+
+
 def test_half_precision_features_are_taken_at_face_value_and_scores_are_float32():
     features, _, labels = random_features(samples=40, classes=2)
     scores = sample_diversity(features.half(), labels, 3)
@@ -154,7 +180,7 @@ def test_diversity_follows_the_samples_and_the_length_of_features(seed, power):
 def test_products_are_in_true_float32_and_the_callers_precision_comes_back(monkeypatch, precision):
     features, _, labels = random_features(samples=40, classes=2)
     before = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(torch, "addmm", remember := RememberPrecision(torch.addmm))
+    monkeypatch.setattr(torch, "mm", remember := RememberPrecision(torch.mm))
     torch.set_float32_matmul_precision(precision)
     try:
         sample_diversity(features, labels, 3)
@@ -181,7 +207,7 @@ def test_the_newer_switches_for_tf32_are_understood_as_well():
 def test_the_callers_precision_comes_back_after_an_error_too(monkeypatch):
     features, _, labels = random_features(samples=40, classes=2)
     before = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(torch, "addmm", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(torch, "mm", lambda *_, **__: 1 / 0)
     torch.set_float32_matmul_precision("high")
     try:
         with pytest.raises(ZeroDivisionError):
