@@ -1,8 +1,9 @@
 """Solvers that choose k of N samples, one file each; ties go to the lower index."""
 
 from selectsampler.optimizers.exact import top_k
+from selectsampler.optimizers.group import GroupSelection, group
 from selectsampler.optimizers.norm_sim_dynamic import norm_sim_dynamic
 from selectsampler.optimizers.quotas import apportion
 from selectsampler.optimizers.straight_through import StraightThrough, straight_through
 
-__all__ = ["StraightThrough", "apportion", "norm_sim_dynamic", "straight_through", "top_k"]
+__all__ = ["GroupSelection", "StraightThrough", "apportion", "group", "norm_sim_dynamic", "straight_through", "top_k"]
