@@ -1,6 +1,25 @@
-"""Train on the part of CIFAR that CLIP trusts.
+"""Train on the part of CIFAR that CLIP trusts, beside all of it, a random part, and a part whose labels are right.
 
-python recipes/cifar.py --data cifar10.zip --clip ViT-B-32/openai --noise symmetric:0.4 --keep 0.5
+    python recipes/cifar.py --data cifar10.zip --clip ViT-B-32/openai --noise symmetric:0.4 --keep 0.5
+
+That is the field's protocol: a ResNet-18 for 32 x 32 pixels, 200 epochs of each method's own selection in batches of
+128, SGD at 0.1 with Nesterov momentum 0.9 and weight decay 5e-4, times 0.2 at epochs 60, 120 and 160, crop and flip;
+bfloat16 and torch.compile on a GPU. It was not run to its end here: there was no GPU.
+
+`--quick` is for two cores: the first 2,500 images of each class, a network of 0.46 M parameters, and 500 updates of 128
+for every method, so that all visit as many samples. Run once (seed 0) with `--noise symmetric:0.4 --keep 0.5` and a
+small CLIP pretrained on the other half of CIFAR-10, on one thread of a Xeon whose two cores were shared with other work
+(torch 2.15), in 7 min 49 s, of which 3 min 58 s were computing:
+
+    trained on     test accuracy  wrong labels  samples  select    train
+    full                 54.53 %        40.0 %    25000     0.0 s    58.6 s
+    random               52.04 %        40.3 %    12500     0.0 s   102.8 s
+    ours                 72.09 %         2.1 %    12500    41.6 s   129.5 s
+    oracle               70.92 %         0.0 %    12500     0.0 s   127.1 s
+
+`select` is embedding (30.7 s), adapting (3.7 s), scoring (7.2 s) and selecting. The oracle draws among right labels.
+Every seed draws its own noise, subset, network and order; damage is the same for all. With `--report FILE.json` a run
+that was interrupted goes on with what is missing.
 """
 
 import argparse
