@@ -66,11 +66,24 @@ def _largest_of_groups(values: np.ndarray, groups: Tensor, quotas: Tensor, k: in
         group = int(wrong.nonzero()[0])
         raise ValueError(f"quotas[{group}] is {int(quotas[group])}, but group {group} has {int(sizes[group])} samples.")
     narrow = groups.numpy().astype(np.uint16 if len(quotas) <= 65_536 else np.int64)  # 16 bits: a radix sort
-    order = np.argsort(narrow, kind="stable")
-    ends = np.cumsum(sizes.numpy())
-    parts = [
-        order[end - size : end][_largest(values[order[end - size : end]], quota)]
-        for size, end, quota in zip(sizes.tolist(), ends.tolist(), quotas.tolist(), strict=True)
-        if quota
-    ]
-    return np.sort(np.concatenate(parts)) if parts else np.empty(0, dtype=np.int64)
+    by_group = values[np.argsort(narrow, kind="stable")]
+    thresholds, at_threshold = np.full(len(quotas), np.inf), np.zeros(len(quotas), dtype=np.int64)
+    bounds = zip(sizes.tolist(), sizes.cumsum(0).tolist(), quotas.tolist(), strict=True)
+    for group, (size, end, quota) in enumerate(bounds):
+        if quota:
+            members = by_group[end - size : end]
+            members.partition(size - quota)
+            thresholds[group] = members[size - quota]
+            at_threshold[group] = np.count_nonzero(members[size - quota :] == thresholds[group])
+    own = thresholds[narrow]
+    chosen = values > own
+    chosen[_first_of_groups(np.flatnonzero(values == own), narrow, at_threshold)] = True
+    return np.flatnonzero(chosen)
+
+
+def _first_of_groups(rows: np.ndarray, groups: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Of the rows, ascending, the first `counts[g]` of each group g."""
+    rows = rows[np.argsort(groups[rows], kind="stable")]
+    group = groups[rows]
+    place = np.arange(len(rows)) - np.searchsorted(group, group)  # within its group
+    return rows[place < counts[group]]
