@@ -87,11 +87,18 @@ def _add_embed(verbs: Any) -> None:
 
 
 def _add_score(verbs: Any) -> None:
-    verb = verbs.add_parser("score", help="adapt to the data set and score every sample")
+    verb = verbs.add_parser("score", help="score every sample: alignment with its label, diversity, trust in its label")
     verb.add_argument("embeddings", type=Path)
     verb.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
-    verb.add_argument("--adapt", choices=("cross_fit", "info_nce", "none"), default="cross_fit", help="(%(default)s)")
-    verb.add_argument("--k", type=int, help="neighbours of the diversity score (the paper's number for the class size)")
+    verb.add_argument(
+        "--adapt",
+        choices=("none", "cross_fit", "info_nce"),
+        default="none",
+        help="adapters for alignment (%(default)s)",
+    )
+    verb.add_argument(
+        "--k", type=int, help="neighbours of the diversity scores (the paper's number for the class size)"
+    )
     verb.add_argument("--scaling", choices=("min_max", "rank"), default="min_max", help="(%(default)s)")
     verb.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     verb.set_defaults(run=_score)
@@ -110,8 +117,15 @@ def _add_select(verbs: Any) -> None:
         metavar="SCORE=NUMBER",
         help="only scores that are named count (semantic_alignment=1 sample_diversity=0.1)",
     )
-    verb.add_argument("--balance", choices=("given",), help="give each class its share, as labelled")
-    verb.add_argument("--method", choices=("exact", "straight_through"), default="exact", help="(%(default)s)")
+    verb.add_argument(
+        "--balance",
+        choices=("auto", "trusted", "given", "none"),
+        default="auto",
+        help="share of each class: by its sum of trust, as labelled, or any (%(default)s: trusted where there is trust)",
+    )
+    verb.add_argument("--quota", action="append", metavar="CLASS=NUMBER", help="of every class instead, by its name")
+    verb.add_argument("--method", choices=("exact", "group", "straight_through"), default="exact", help="(%(default)s)")
+    verb.add_argument("--embeddings", type=Path, metavar="FILE", help="what method group is to cover")
     verb.set_defaults(run=_select)
 
 
@@ -176,22 +190,24 @@ def _score(arguments: argparse.Namespace) -> None:
 
     _check_target(arguments.out)
     adapted = adapt(Embeddings.load(arguments.embeddings), method=arguments.adapt, seed=arguments.seed)
-    scores = score(adapted, k=arguments.k, scaling=arguments.scaling)
+    scores = score(adapted, k=arguments.k, scaling=arguments.scaling, seed=arguments.seed)
     scores.save(arguments.out)
     _tell(f"{len(scores)} samples, scores {', '.join(scores.columns)}: {arguments.out}")
 
 
 def _select(arguments: argparse.Namespace) -> None:
-    from selectsampler import Scores, select
+    from selectsampler import Embeddings, Scores, select
 
     _check_target(arguments.out)
+    quotas = _numbers(arguments.quota, int, "--quota takes CLASS=NUMBER")
     selection = select(
         Scores.load(arguments.scores),
         arguments.keep,
         count=arguments.count,
-        score_weights=_weights(arguments.weight),
-        balance=arguments.balance,
+        score_weights=_numbers(arguments.weight, float, "--weight takes SCORE=NUMBER"),
+        balance=quotas or (None if arguments.balance == "none" else arguments.balance),
         method=arguments.method,
+        image_features=None if arguments.embeddings is None else Embeddings.load(arguments.embeddings).image,
     )
     selection.save(arguments.out)
     _tell(f"{selection}: {arguments.out}")
@@ -210,13 +226,14 @@ def _export(arguments: argparse.Namespace) -> None:
     _tell(f"{kind}: {arguments.out}")
 
 
-def _weights(given: Sequence[str] | None) -> dict[str, float] | None:
+def _numbers(given: Sequence[str] | None, kind: type, usage: str) -> dict[str, Any] | None:
+    """What NAME=NUMBER options say; a name may hold an equals sign."""
     if not given:
         return None
     try:
-        return {name: float(number) for name, number in (text.split("=") for text in given)}
+        return {name: kind(number) for name, number in (text.rsplit("=", 1) for text in given)}
     except ValueError:
-        raise ValueError(f"--weight takes SCORE=NUMBER, not {' '.join(given)}.") from None
+        raise ValueError(f"{usage}, not {' '.join(given)}.") from None
 
 
 def _check_target(path: Path) -> None:

@@ -8,14 +8,23 @@ Preset = dict[str, dict[str, Any]]
 
 paper: Preset = {
     "adapt": {"method": "info_nce"},
-    "score": {"scaling": "min_max"},
-    "select": {"score_weights": {"semantic_alignment": 1.0, "sample_diversity": 0.1}, "method": "straight_through"},
+    "score": {"columns": ("semantic_alignment", "sample_diversity"), "scaling": "min_max"},
+    "select": {
+        "score_weights": {"semantic_alignment": 1.0, "sample_diversity": 0.1},
+        "balance": None,
+        "method": "straight_through",
+    },
 }
 """arXiv 2410.11215 as released."""
 
 default: Preset = {
-    "adapt": {"method": "cross_fit"},
-    "score": {"scaling": "min_max"},
-    "select": {"score_weights": {"semantic_alignment": 1.0, "sample_diversity": 0.1}, "method": "exact"},
+    "adapt": {"method": "none"},
+    "score": {"columns": ("semantic_alignment", "trust", "trusted_diversity")},
+    "select": {
+        "score_weights": {"trust": 1.0, "trusted_diversity": 0.02},
+        "balance": "trusted",
+        "method": "exact",
+    },
 }
-"""Ours: adapters that never saw the label they judge, and the exact optimum."""
+"""Ours: the labels that are likeliest right, of these what adds to its class, and quotas by what a class can be trusted
+for. Trust has cross-fitted heads of its own, so that no adapters are trained."""

@@ -3,24 +3,25 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from selectsampler.balance import Quotas, Shares, class_quotas, share_ranges
 from selectsampler.export import write_array, write_lines, write_table
-from selectsampler.optimizers import apportion, straight_through, top_k
-from selectsampler.scores.table import Scores
+from selectsampler.optimizers import group, prices, straight_through, top_k, top_k_in_ranges
+from selectsampler.scores.table import TRUSTED, Scores
 from selectsampler.store import FORMAT, bytes_of, pack_strings, read_tensors, unpack_strings, write_tensors
-from selectsampler.validation import as_indices, check_vector, resolve_budget
+from selectsampler.validation import as_indices, check_features, check_vector, resolve_budget
 
-__all__ = ["PAPER_WEIGHTS", "Selection", "select"]
+__all__ = ["DEFAULT_WEIGHTS", "PAPER_WEIGHTS", "Selection", "select"]
 
 PAPER_WEIGHTS = {"semantic_alignment": 1.0, "sample_diversity": 0.1}
-
-Quotas = Mapping[Any, int]
+DEFAULT_WEIGHTS = {"trust": 1.0, "trusted_diversity": 0.02}
+SURE = 0.9  # at least this probable is the label of a sample that counts as surely right
 
 
 class Selection:
@@ -186,8 +187,12 @@ def select(
     *,
     count: int | None = None,
     score_weights: Mapping[str, float] | None = None,
-    balance: str | Quotas | None = None,
+    balance: str | Quotas | None = "auto",
+    groups: Tensor | None = None,
+    shares: Shares | None = None,
     method: str = "exact",
+    image_features: Tensor | None = None,
+    coverage_weight: float = 1.0,
     seed: int = 0,
     progress: bool = True,
 ) -> Selection:
@@ -197,23 +202,33 @@ def select(
     >>> selection.indices
     tensor([1, 3])
 
-    The objective is the sum of the samples' utilities, for `Scores` sum over scores of weight * scaled / mean(scaled)
-    (`Scores.utility`; the selection optimization of arXiv 2410.11215), for a tensor its own entries.
+    The objective is the sum of the samples' utilities: for `Scores` their weighted sum (`Scores.utility`), for a tensor
+    its own entries. With `DEFAULT_WEIGHTS` it is the expected number of right labels, and what a sample adds to its
+    class decides where labels are about equally safe; with `PAPER_WEIGHTS` it is the selection optimization of arXiv
+    2410.11215. `method="group"` adds how well the subset covers the trusted samples of each class.
 
     Args:
         scores: `Scores`, or one float tensor (N,) of your own, finite, higher is better.
         keep: a fraction in (0, 1] of all N samples, taken as the exact decimal it is written as: 0.29 of 100 is 29.
         count: a number of samples instead. Neither is needed where `balance` gives every quota.
-        score_weights: name of a score -> its weight; by default the paper's, 1 for alignment and 0.1 for diversity.
-        balance: None; `given`: every class gets its share of the budget as labelled, by largest remainder; or
-            {class name or number: quota}, summing to the budget.
-        method: `exact`, the optimum; `straight_through`, the paper's gradient optimizer, cut to the exact size.
-        seed: of methods that draw at random; neither of these does.
+        score_weights: name of a score -> its weight; `DEFAULT_WEIGHTS` where the scores hold trust, else
+            `PAPER_WEIGHTS`.
+        balance: `trusted`: every class gets its share of the budget by its sum of trust, and none is asked for more
+            than it has trusted samples; `given`: its share as labelled, by largest remainder; {class name or number:
+            quota}, summing to the budget; None: no quotas. `auto` is `trusted` where the scores hold trust, else None.
+        groups: (N,), int64, from 0: any other groups (class x attribute, say), with `shares`, instead of `balance`.
+        shares: {group: (lowest, highest)}: which share of the selection a group is to have, in [0, 1]; others are free.
+            What each range costs in objective stands in the provenance as `prices`.
+        method: `exact`, the optimum; `straight_through`, the paper's gradient optimizer, cut to the exact size;
+            `group`, greedy on utility and coverage, with a bound on what any subset could reach.
+        image_features: (N, D), of method `group`: the space to cover, `embeddings.image`.
+        coverage_weight: of method `group`: what it is worth to bring a trusted sample from nowhere to being kept.
+        seed: of methods that draw at random; none of these does.
         progress: show a bar on a terminal if it takes longer than two seconds.
 
     Raises:
-        ValueError: for a keep outside (0, 1], a budget above the eligible samples, quotas that do not fit, or an
-            unknown score or method.
+        ValueError: for a keep outside (0, 1], a budget above the eligible samples, quotas or shares that do not fit, or
+            an unknown score or method.
     """
     if not isinstance(scores, (Scores, Tensor)):
         raise ValueError(f"select takes Scores or a tensor, not a {type(scores).__name__}: call score() first.")
@@ -221,45 +236,154 @@ def select(
         count = int(sum(balance.values()))
     table = Scores({"utility": scores}) if isinstance(scores, Tensor) else scores
     budget = resolve_budget(keep, count, len(table))
+    eligible = _eligible(table, budget)
+    if score_weights is None and isinstance(scores, Scores):
+        score_weights = _default_weights(scores)
+    terms = _utility_terms(scores, score_weights)[:, eligible]
+    problem = _Problem(table, eligible, terms, budget)
+    if (groups is None) != (shares is None):
+        raise ValueError("groups and shares go together: which group a sample is of, and which share a group may have.")
+    if groups is not None and shares is not None:
+        if balance not in ("auto", None) or method != "exact":
+            raise ValueError("shares replace balance, and go with method='exact' only.")
+        solved = _within_shares(problem, groups, shares)
+    else:
+        by_default = None if method == "straight_through" else balance  # which knows no quotas
+        quotas = class_quotas(table, by_default if balance == "auto" else balance, budget, eligible)
+        if method == "exact":
+            solved = _exactly(problem, quotas)
+        elif method == "straight_through":
+            solved = _straight_through(problem, quotas, progress=progress)
+        elif method == "group":
+            solved = _as_group(problem, quotas, image_features, coverage_weight, progress=progress)
+        else:
+            raise ValueError(f"method is {method!r}, but it must be 'exact', 'straight_through' or 'group'.")
+    indices = eligible[solved.chosen]
+    details: dict[str, Any] = {"method": method, "seed": seed, "keep": None if keep is None else str(keep)}
+    weights = None if score_weights is None else {name: float(weight) for name, weight in score_weights.items()}
+    details |= {"count": budget, "score_weights": weights, "balance": _as_json(balance)}
+    details |= solved.details | _hard_but_trusted(table, indices)
+    return Selection(
+        indices,
+        len(table),
+        objective=solved.objective,
+        bound=solved.bound,
+        keys=None if table.keys is None else [table.keys[i] for i in indices.tolist()],
+        provenance={**table.provenance, "selection": details},
+    )
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What an optimizer needs: the weighted terms (T, n) of the eligible rows (n,), and how many to choose."""
+
+    table: Scores
+    eligible: Tensor
+    terms: Tensor
+    budget: int
+
+    @property
+    def utility(self) -> Tensor:
+        return self.terms.sum(dim=0)
+
+    @property
+    def labels(self) -> Tensor | None:
+        return None if self.table.labels is None else self.table.labels.cpu()[self.eligible]
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """What an optimizer chose of the eligible rows, and how good that is."""
+
+    chosen: Tensor
+    objective: float
+    bound: float
+    details: dict[str, Any]
+
+
+def _exactly(problem: _Problem, quotas: Tensor | None) -> _Solved:
+    groups = None if quotas is None else problem.labels
+    chosen = top_k(problem.utility, problem.budget, groups=groups, quotas=quotas)
+    objective = float(problem.utility[chosen].sum())
+    return _Solved(chosen, objective, objective, {})
+
+
+def _straight_through(problem: _Problem, quotas: Tensor | None, *, progress: bool) -> _Solved:
+    if quotas is not None:
+        raise ValueError("method='straight_through' knows no quotas: use method='exact', or balance=None.")
+    result = straight_through(problem.terms, problem.budget, progress=progress)
+    curve = result.loss_curve[:: max(1, len(result.loss_curve) // 100)]
+    details = {"gap": result.gap, "converged_size": result.converged_size, "steps": len(result.loss_curve)}
+    objective = float(problem.utility[result.indices].sum())
+    return _Solved(
+        result.indices,
+        objective,
+        _exactly(problem, None).objective,
+        details | {"converged": result.converged, "loss_curve": curve},
+    )
+
+
+def _as_group(
+    problem: _Problem, quotas: Tensor | None, image_features: Tensor | None, coverage_weight: float, *, progress: bool
+) -> _Solved:
+    if image_features is None:
+        raise ValueError("method='group' covers the space of the images: pass image_features=embeddings.image.")
+    check_features(image_features, name="image_features", rows=len(problem.table))
+    trust = problem.table["trust"].cpu()[problem.eligible] if "trust" in problem.table.columns else None
+    result = group(
+        problem.utility,
+        image_features[problem.eligible.to(image_features.device)],
+        problem.budget,
+        labels=problem.labels,
+        weights=None if trust is None else trust * (trust >= TRUSTED),
+        coverage_weight=coverage_weight,
+        groups=None if quotas is None else problem.labels,
+        quotas=quotas,
+        progress=progress,
+    )
+    return _Solved(result.indices, result.objective, result.bound, {"coverage_weight": coverage_weight})
+
+
+def _within_shares(problem: _Problem, groups: Tensor, shares: Shares) -> _Solved:
+    lowest, highest = share_ranges(groups, shares, problem.budget, len(problem.table))
+    ranges = {"groups": groups.cpu()[problem.eligible], "lowest": lowest, "highest": highest}
+    chosen = top_k_in_ranges(problem.utility, problem.budget, **ranges)
+    objective = float(problem.utility[chosen].sum())
+    price = prices(problem.utility, problem.budget, **ranges)
+    details = {"shares": {str(group): [str(low), str(high)] for group, (low, high) in shares.items()}}
+    return _Solved(chosen, objective, objective, details | {"prices": {str(g): float(price[g]) for g in shares}})
+
+
+def _eligible(table: Scores, budget: int) -> Tensor:
     eligible = torch.arange(len(table)) if table.eligible is None else table.eligible.cpu().nonzero()[:, 0]
     if budget > len(eligible):
         raise ValueError(
             f"The budget is {budget}, but only {len(eligible)} of {len(table)} samples can be selected (the "
             f"others are unreadable): use count={len(eligible)} at most."
         )
-    terms = _utility_terms(scores, score_weights)[:, eligible]
-    quotas = None if balance is None else _quotas(table, balance, budget, eligible)
-    groups = None if quotas is None or table.labels is None else table.labels.cpu()[eligible]
-    details: dict[str, Any] = {"method": method, "seed": seed}
-    utility = terms.sum(dim=0)
-    optimum = top_k(utility, budget, groups=groups, quotas=quotas)
-    if method == "exact":
-        chosen = optimum
-    elif method == "straight_through":
-        if quotas is not None:
-            raise ValueError("method='straight_through' knows no quotas: use method='exact', or balance=None.")
-        result = straight_through(terms, budget, progress=progress)
-        chosen = result.indices
-        curve = result.loss_curve[:: max(1, len(result.loss_curve) // 100)]
-        details |= {"gap": result.gap, "converged_size": result.converged_size, "steps": len(result.loss_curve)}
-        details |= {"converged": result.converged, "loss_curve": curve}
-    else:
-        raise ValueError(f"method is {method!r}, but it must be 'exact' or 'straight_through'.")
-    indices = eligible[chosen]
-    weights = None
-    if not isinstance(scores, Tensor):
-        weights = {name: float(weight) for name, weight in (score_weights or PAPER_WEIGHTS).items()}
-    details |= {"keep": None if keep is None else str(keep), "count": budget, "score_weights": weights}
-    quota_of = {str(c): int(q) for c, q in balance.items()} if isinstance(balance, Mapping) else balance
-    details["balance"] = quota_of
-    return Selection(
-        indices,
-        len(table),
-        objective=float(utility[chosen].sum()),
-        bound=float(utility[optimum].sum()),
-        keys=None if table.keys is None else [table.keys[i] for i in indices.tolist()],
-        provenance={**table.provenance, "selection": details},
-    )
+    return eligible
+
+
+def _default_weights(table: Scores) -> Mapping[str, float]:
+    if "trust" not in table.columns:
+        return PAPER_WEIGHTS
+    return {name: weight for name, weight in DEFAULT_WEIGHTS.items() if name in table.columns}
+
+
+def _hard_but_trusted(table: Scores, indices: Tensor) -> dict[str, Any]:
+    """How many samples are surely right although they look little like their class, and how many of them stay."""
+    if table.labels is None or not {"trust", "semantic_alignment"} <= table.columns.keys():
+        return {}
+    alignment, labels = table["semantic_alignment"].cpu(), table.labels.cpu()
+    hard = table["trust"].cpu() >= SURE
+    for rows in labels.argsort(stable=True).split(labels.bincount().tolist()):
+        if len(rows):
+            hard[rows] &= alignment[rows] <= alignment[rows].float().quantile(0.25)
+    return {"hard_but_trusted": {"there": int(hard.sum()), "kept": int(hard[indices].sum())}}
+
+
+def _as_json(balance: str | Quotas | None) -> Any:
+    return {str(c): int(q) for c, q in balance.items()} if isinstance(balance, Mapping) else balance
 
 
 def _weights(loss_weights: Tensor, samples: int) -> Tensor:
@@ -276,39 +400,6 @@ def _utility_terms(scores: Scores | Tensor, score_weights: Mapping[str, float] |
         if score_weights is not None:
             raise ValueError("score_weights go with Scores; a tensor of your own is the utility itself.")
         return scores.detach().cpu().double()[None]
-    weights = PAPER_WEIGHTS if score_weights is None else score_weights
-    if not weights:
+    if not score_weights:
         raise ValueError("score_weights is empty: name at least one score.")
-    return torch.stack([scores.utility({name: weight}).cpu() for name, weight in weights.items()])
-
-
-def _quotas(table: Scores, balance: str | Quotas, budget: int, eligible: Tensor) -> Tensor:
-    """(C,), int64: how many samples of each class, summing to the budget."""
-    if table.labels is None:
-        raise ValueError("balance needs labels, and these scores have none.")
-    labels = table.labels.cpu()
-    names = list(table.class_names or [])
-    classes = max(len(names), int(labels.max()) + 1)
-    available = torch.bincount(labels[eligible], minlength=classes)
-    if isinstance(balance, str):
-        if balance != "given":
-            raise ValueError(f"balance is {balance!r}, but it must be None, 'given' or {{class: quota}}.")
-        return apportion(torch.bincount(labels, minlength=classes), budget, capacities=available)
-    quotas = torch.zeros(classes, dtype=torch.int64)
-    named: set[int] = set()
-    for name, quota in balance.items():
-        number = names.index(name) if name in names else name
-        if not isinstance(number, Integral) or not 0 <= int(number) < classes:
-            raise ValueError(f"balance names a class {name!r} that is not there.")
-        if int(number) in named:
-            raise ValueError(f"balance names class {number} twice, by its name and by its number.")
-        if not isinstance(quota, Integral) or not 0 <= int(quota) <= int(available[int(number)]):
-            raise ValueError(
-                f"balance asks class {name!r} for {quota} samples, but it has {int(available[number])}: ask for a "
-                "whole number up to that."
-            )
-        named.add(int(number))
-        quotas[number] = int(quota)
-    if int(quotas.sum()) != budget:
-        raise ValueError(f"The quotas sum to {int(quotas.sum())}, but the budget is {budget}.")
-    return quotas
+    return torch.stack([scores.utility({name: weight}).cpu() for name, weight in score_weights.items()])

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from selectsampler import Scores, Selection, cli
+from selectsampler import Embeddings, Scores, Selection, cli
 from selectsampler.embeddings import clip as clip_module
 
 
@@ -60,12 +61,30 @@ def test_a_selection_is_exported_as_what_the_ending_says(ending, tmp_path):
 
 
 def test_weights_and_count_reach_the_selection(tmp_path):
-    import torch
-
     Scores({"a": torch.tensor([0.0, 1.0, 2.0]), "b": torch.tensor([9.0, 1.0, 0.0])}).save(tmp_path / "s.safetensors")
     out = tmp_path / "out.safetensors"
     assert run("select", tmp_path / "s.safetensors", "--count", 1, "--weight", "b=1", "--out", out) == 0
     assert Selection.load(out).indices.tolist() == [0]
+
+
+def test_quotas_and_what_to_cover_reach_the_selection(tmp_path):
+    Scores({"a": torch.arange(6.0)}, labels=torch.arange(6) % 2, class_names=["a=b", "c"]).save(tmp_path / "s.st")
+    image = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.1, 1.0], [1.0, 5.0], [0.0, 1.0]])
+    data = Embeddings(image=image, text=torch.eye(2), labels=torch.arange(6) % 2, class_names=["a=b", "c"])
+    data.save(tmp_path / "e.st")
+    chosen = ["--quota", "a=b=2", "--quota", "c=1", "--count", 3, "--weight", "a=0.001", "--out", tmp_path / "out.st"]
+    assert run("select", tmp_path / "s.st", *chosen) == 0
+    assert Selection.load(tmp_path / "out.st").indices.tolist() == [2, 4, 5]
+    assert run("select", tmp_path / "s.st", *chosen, "--method", "group", "--embeddings", tmp_path / "e.st") == 0
+    covering = Selection.load(tmp_path / "out.st")
+    assert covering.indices.tolist() in ([2, 3, 4], [2, 4, 5])
+    assert covering.bound >= covering.objective > 1
+
+
+def test_a_quota_that_is_no_number_is_named(tmp_path, capsys):
+    Scores({"a": torch.arange(3.0)}).save(tmp_path / "s.st")
+    assert run("select", tmp_path / "s.st", "--count", 1, "--quota", "c=few", "--out", tmp_path / "o.st") == 1
+    assert "--quota takes CLASS=NUMBER, not c=few." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_what_made_a_selection_stands_in_its_provenance_as_json(balance):
 @pytest.mark.parametrize(
     ("scores", "arguments", "message"),
     [
-        (some_scores(), {"method": "magic"}, "method is 'magic', but it must be 'exact' or 'straight_through'"),
+        (some_scores(), {"method": "magic"}, "method is 'magic', but it must be 'exact', 'straight_through' or"),
         (some_scores(), {"score_weights": {"beauty": 1.0}}, "no score 'beauty'; there are semantic_alignment"),
         (some_scores(), {"score_weights": {}}, "score_weights is empty"),
         (torch.rand(9), {"score_weights": WEIGHTS}, "score_weights go with Scores"),

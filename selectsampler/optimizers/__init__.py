@@ -4,6 +4,17 @@ from selectsampler.optimizers.exact import top_k
 from selectsampler.optimizers.group import GroupSelection, group
 from selectsampler.optimizers.norm_sim_dynamic import norm_sim_dynamic
 from selectsampler.optimizers.quotas import apportion
+from selectsampler.optimizers.ranges import prices, top_k_in_ranges
 from selectsampler.optimizers.straight_through import StraightThrough, straight_through
 
-__all__ = ["GroupSelection", "StraightThrough", "apportion", "group", "norm_sim_dynamic", "straight_through", "top_k"]
+__all__ = [
+    "GroupSelection",
+    "StraightThrough",
+    "apportion",
+    "group",
+    "norm_sim_dynamic",
+    "prices",
+    "straight_through",
+    "top_k",
+    "top_k_in_ranges",
+]

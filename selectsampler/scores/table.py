@@ -1,12 +1,13 @@
 """All scores of a data set side by side, on one scale, with what they came from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from selectsampler.adaptation import Adapted, adapt
 from selectsampler.embeddings.features import Embeddings
@@ -14,10 +15,16 @@ from selectsampler.export import write_table
 from selectsampler.progress import progress_bar
 from selectsampler.scores.alignment import semantic_alignment
 from selectsampler.scores.diversity import default_neighbours, sample_diversity
+from selectsampler.scores.duplicates import near_duplicates
+from selectsampler.scores.trust import Trust, label_trust
 from selectsampler.store import FORMAT, pack_strings, read_tensors, unpack_strings, write_tensors
 from selectsampler.validation import check_mask, check_vector
 
-__all__ = ["Scores", "score"]
+__all__ = ["SCORES", "Scores", "score"]
+
+SCORES = ("semantic_alignment", "sample_diversity", "trust", "trusted_diversity")
+ON_SCALE = ("trust", "trusted_diversity")  # probabilities, or multiples of a mean: they are added up as they are
+TRUSTED = 0.5  # at least this probable is the label of a sample that counts as trusted
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +42,8 @@ class Scores:
         eligible: (N,), bool; False rows (unreadable images) are never selected and take no part in scaling. None: all.
         keys: N file names, or None.
         scaling: `min_max`: (s - min) / (max - min); `rank`: the share of samples that score lower, ties in the middle.
-            Both map the eligible samples to [0, 1]; a column without any spread maps to 0.
+            Both map the eligible samples to [0, 1]; a column without any spread maps to 0. `trust` and
+            `trusted_diversity` have a scale of their own and are not scaled.
         provenance: as JSON values.
 
     Raises:
@@ -78,24 +86,29 @@ class Scores:
         return self.columns[name]
 
     def scaled(self, name: str) -> Tensor:
-        """(N,), float32: a column in [0, 1] over the eligible samples, 0 for the others."""
+        """(N,), float32: a column on its scale over the eligible samples, in [0, 1] where scaled; 0 for the others."""
         values = self[name].float()
         rows = slice(None) if self.eligible is None else self.eligible
         result = torch.zeros_like(values)
-        result[rows] = (_min_max if self.scaling == "min_max" else _rank)(values[rows])
+        scale = {"min_max": _min_max, "rank": _rank}[self.scaling]
+        result[rows] = values[rows] if name in ON_SCALE else scale(values[rows])
         return result
 
     def utility(self, weights: Mapping[str, float]) -> Tensor:
         """(N,), float64: what one sample is worth, sum over scores of weight * scaled / mean(scaled).
 
         With weights 1 for semantic alignment and 0.1 for sample diversity this is what the optimizer of arXiv
-        2410.11215 maximises over the selected samples. Means are those of the eligible samples.
+        2410.11215 maximises over the selected samples. Means are those of the eligible samples. Scores with a scale of
+        their own, `trust` and `trusted_diversity`, are weighted as they are.
         """
         utility = torch.zeros(len(self), dtype=torch.float64, device=self[next(iter(self.columns))].device)
         for name, weight in weights.items():
             scaled = self.scaled(name).double()
             mean = scaled.mean() if self.eligible is None else scaled[self.eligible].mean()
-            utility += weight * scaled / mean if mean > 0 else 0.0
+            if name in ON_SCALE:
+                utility += weight * scaled
+            elif mean > 0:
+                utility += weight * scaled / mean
         return utility
 
     def save(self, path: Path | str) -> None:
@@ -148,33 +161,57 @@ class Scores:
 
 
 def score(
-    embeddings: Embeddings | Adapted, *, k: int | None = None, scaling: str = "min_max", progress: bool = True
+    embeddings: Embeddings | Adapted,
+    *,
+    columns: Sequence[str] = SCORES,
+    k: int | None = None,
+    scaling: str = "min_max",
+    seed: int = 0,
+    progress: bool = True,
 ) -> Scores:
-    """Score every sample: how well it fits its label, and how much it adds to its class.
+    """Score every sample: how well it fits its label, how likely that label is right, how much it adds to its class.
 
     >>> scores = score(adapt(embeddings))        # doctest: +SKIP
-    >>> scores["semantic_alignment"]             # doctest: +SKIP
+    >>> scores["trust"]                          # doctest: +SKIP
 
     Args:
         embeddings: of N samples; adapted ones are aligned with the adapters that did not see their label.
-        k: neighbours of the diversity score; by default `default_neighbours(labels)`, the paper's numbers.
+        columns: which scores. `semantic_alignment` and `sample_diversity` are those of arXiv 2410.11215. `trust`, in
+            [0, 1], is the probability that the label is right (`label_trust`); where there is one class it is left out.
+            `trusted_diversity` is trust times the distance to the nearest trusted samples of the class, over the mean
+            of that distance; 0 for near-duplicates of a more trusted sample.
+        k: neighbours of both diversities; by default `default_neighbours(labels)`, the paper's numbers.
         scaling: how columns are brought to [0, 1] when they are added up: `min_max` (the paper's) or `rank`.
-        progress: show a bar on a terminal if it takes longer than two seconds.
+        seed: of the trust's folds and batches.
+        progress: show bars on a terminal for what takes longer than two seconds.
 
     Returns:
-        Scores with the columns `semantic_alignment` and `sample_diversity`; unreadable images are not eligible.
+        Scores with these columns; unreadable images are not eligible.
 
     Raises:
-        ValueError: if k is less than 1, or the scaling unknown.
+        ValueError: if k is less than 1, or a column or the scaling unknown.
     """
     if not isinstance(embeddings, (Embeddings, Adapted)):
         raise ValueError(f"score takes Embeddings, adapted or not, not a {type(embeddings).__name__}.")
+    unknown = [name for name in columns if name not in SCORES]
+    if unknown or not columns:
+        raise ValueError(f"columns names {', '.join(unknown) or 'nothing'}, but there are {', '.join(SCORES)}.")
     adapted = embeddings if isinstance(embeddings, Adapted) else adapt(embeddings, method="none")
     source = adapted.embeddings
     k = default_neighbours(source.labels) if k is None else k
     provenance = {**source.provenance, "adaptation": adapted.provenance, "k": k}
+    made = {}
+    if "semantic_alignment" in columns:
+        made["semantic_alignment"] = _alignment(adapted)
+    if "sample_diversity" in columns:
+        made["sample_diversity"] = _diversity(adapted.distance_features, source, k, progress=progress)
+    if {"trust", "trusted_diversity"} & set(columns) and len(source.class_names) > 1:
+        trust = _trust(source, seed, progress=progress)
+        provenance["trust"] = _described(trust, source.class_names)
+        made["trust"] = trust.probability
+        made["trusted_diversity"] = _trusted_diversity(source, trust.probability, k, progress=progress)
     return Scores(
-        columns={"semantic_alignment": _alignment(adapted), "sample_diversity": _diversity(adapted, k, progress)},
+        columns={name: made[name] for name in columns if name in made},
         labels=source.labels,
         class_names=source.class_names,
         eligible=source.readable,
@@ -194,17 +231,62 @@ def _alignment(adapted: Adapted) -> Tensor:
     return alignment
 
 
-def _diversity(adapted: Adapted, k: int, progress: bool) -> Tensor:
+def _diversity(features: Tensor, source: Embeddings, k: int, *, among: Tensor | None = None, progress: bool) -> Tensor:
     """Sample diversity among the readable images, class by class for the sake of the progress bar."""
-    source, features = adapted.embeddings, adapted.distance_features
     diversity = torch.zeros(len(source), device=source.image.device)
     order = source.labels.argsort(stable=True)
     with progress_bar("score", len(order), unit="image", show=progress) as bar:
         for rows in order.split(source.labels.bincount().tolist()):
             readable = rows if source.readable is None else rows[source.readable[rows]]
-            diversity[readable] = sample_diversity(features[readable], source.labels[readable], k)
+            some = None if among is None else among[readable]
+            diversity[readable] = sample_diversity(features[readable], source.labels[readable], k, among=some)
             bar.update(len(rows))
     return diversity
+
+
+def _trust(source: Embeddings, seed: int, *, progress: bool) -> Trust:
+    """Trust of the readable images; 0 for the others."""
+    readable = torch.arange(len(source)) if source.readable is None else source.readable.nonzero()[:, 0]
+    rows = readable.to(source.labels.device)
+    trust = label_trust(
+        source.image[rows],
+        source.text,
+        source.labels[rows],
+        folds=min(5, len(rows)),
+        class_names=source.class_names,
+        seed=seed,
+        progress=progress,
+    )
+    probability = torch.zeros(len(source), device=source.image.device)
+    probability[rows] = trust.probability
+    return replace(trust, probability=probability)
+
+
+def _trusted_diversity(source: Embeddings, trust: Tensor, k: int, *, progress: bool) -> Tensor:
+    """Trust times the distance to the nearest trusted samples of the class, over its mean; 0 for near-duplicates."""
+    trusted = trust >= TRUSTED
+    readable = torch.ones_like(trusted) if source.readable is None else source.readable
+    diversity = torch.zeros(len(source), device=trust.device)
+    directions = normalize(source.image[readable].float(), dim=1)
+    seen = replace(
+        source, image=directions, labels=source.labels[readable], readable=None, keys=None, image_statistics=None
+    )
+    diversity[readable] = _diversity(directions, seen, k, among=trusted[readable], progress=progress)
+    repeated = near_duplicates(directions, seen.labels, trust[readable])
+    mean = diversity[trusted].mean() if trusted.any() else diversity.new_tensor(0.0)
+    diversity = trust * diversity / mean if mean > 0 else diversity
+    diversity[readable.nonzero()[repeated, 0]] = 0
+    return diversity
+
+
+def _described(trust: Trust, class_names: Sequence[str]) -> dict[str, Any]:
+    """What was found of the labels, as JSON values."""
+    return {
+        "noise_rate": trust.noise_rate,
+        "class_noise": [None if share != share else share for share in trust.class_noise.tolist()],
+        "transition": trust.transition.tolist() if len(class_names) <= 100 else None,
+        "unknown": [class_names[number] for number in trust.unknown],
+    }
 
 
 def _min_max(values: Tensor) -> Tensor:

@@ -1,0 +1,110 @@
+"""How a budget is shared out: quotas of classes, as labelled or as trusted, and ranges for any other groups."""
+
+import math
+import warnings
+from collections.abc import Mapping
+from fractions import Fraction
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selectsampler.optimizers import apportion
+from selectsampler.scores.table import TRUSTED, Scores
+from selectsampler.validation import check_labels
+
+__all__ = ["Quotas", "Shares", "class_quotas", "share_ranges"]
+
+Quotas = Mapping[Any, int]
+Shares = Mapping[int, tuple[float | str, float | str]]
+
+
+def class_quotas(table: Scores, balance: str | Quotas | None, budget: int, eligible: Tensor) -> Tensor | None:
+    """(C,), int64: how many samples of each class, summing to the budget; None where any number will do.
+
+    Args:
+        table: with labels, and trust for `trusted`.
+        balance: `auto`, `trusted`, `given`, {class name or number: quota} or None, as `select` takes it.
+        budget: the number of samples in all.
+        eligible: (n,), int64: the rows that can be selected.
+    """
+    if balance == "auto":
+        balance = "trusted" if "trust" in table.columns else None
+    if balance is None:
+        return None
+    if table.labels is None:
+        raise ValueError("balance needs labels, and these scores have none.")
+    labels = table.labels.cpu()
+    names = list(table.class_names or [])
+    classes = max(len(names), int(labels.max()) + 1)
+    available = torch.bincount(labels[eligible], minlength=classes)
+    if isinstance(balance, Mapping):
+        return _named_quotas(balance, budget, available, names)
+    if balance == "given":
+        return apportion(torch.bincount(labels, minlength=classes), budget, capacities=available)
+    if balance == "trusted":
+        return _trusted_quotas(table, labels, budget, available, eligible)
+    raise ValueError(f"balance is {balance!r}, but it must be 'auto', 'trusted', 'given', None or {{class: quota}}.")
+
+
+def _trusted_quotas(table: Scores, labels: Tensor, budget: int, available: Tensor, eligible: Tensor) -> Tensor:
+    """Quotas in proportion to the sum of trust, first of trusted samples, then of what else there is."""
+    trust = table["trust"].cpu().double()[eligible]
+    classes = len(available)
+    sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, labels[eligible], trust)
+    trusted = torch.bincount(labels[eligible][trust >= TRUSTED], minlength=classes)
+    within = min(budget, int(trusted[sums > 0].sum()))
+    quotas = apportion(sums, within, capacities=trusted) if within else torch.zeros_like(trusted)
+    if within < budget:
+        warnings.warn(
+            f"The budget is {budget}, but only {within} labels are more likely right than wrong: {budget - within} "
+            "samples that are not trusted are selected as well. Keep less.",
+            stacklevel=4,
+        )
+        left = available - quotas
+        quotas = quotas + apportion(left, budget - within, capacities=left)
+    return quotas
+
+
+def _named_quotas(balance: Quotas, budget: int, available: Tensor, names: list[str]) -> Tensor:
+    quotas = torch.zeros_like(available)
+    named: set[int] = set()
+    for name, quota in balance.items():
+        number = names.index(name) if name in names else name
+        if not isinstance(number, Integral) or not 0 <= int(number) < len(available):
+            raise ValueError(f"balance names a class {name!r} that is not there.")
+        if int(number) in named:
+            raise ValueError(f"balance names class {number} twice, by its name and by its number.")
+        if not isinstance(quota, Integral) or not 0 <= int(quota) <= int(available[int(number)]):
+            raise ValueError(
+                f"balance asks class {name!r} for {quota} samples, but it has {int(available[number])}: ask for a "
+                "whole number up to that."
+            )
+        named.add(int(number))
+        quotas[number] = int(quota)
+    if int(quotas.sum()) != budget:
+        raise ValueError(f"The quotas sum to {int(quotas.sum())}, but the budget is {budget}.")
+    return quotas
+
+
+def share_ranges(groups: Tensor, shares: Shares, budget: int, samples: int) -> tuple[Tensor, Tensor]:
+    """(G,), (G,), int64: the least and the most samples of each group that its range of shares allows.
+
+    Shares are exact decimals, as `keep` is: 0.29 of 100 samples are 29, and a range that holds no whole number is
+    refused.
+    """
+    check_labels(groups, samples=samples)
+    number_of_groups = max(int(groups.max()), *shares, 0) + 1 if shares else int(groups.max()) + 1
+    lowest = torch.zeros(number_of_groups, dtype=torch.int64)
+    highest = torch.full((number_of_groups,), budget)
+    for group, (low, high) in shares.items():
+        if not isinstance(group, Integral) or group < 0:
+            raise ValueError(f"shares names a group {group!r}, but groups are whole numbers from 0.")
+        least, most = Fraction(str(low)), Fraction(str(high))
+        if not 0 <= least <= most <= 1:
+            raise ValueError(f"shares[{group}] is ({low}, {high}), but it must be a range within [0, 1].")
+        lowest[group], highest[group] = math.ceil(least * budget), math.floor(most * budget)
+        if lowest[group] > highest[group]:
+            raise ValueError(f"shares[{group}] is ({low}, {high}): of {budget} samples no whole number lies within it.")
+    return lowest, highest

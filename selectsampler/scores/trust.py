@@ -1,0 +1,367 @@
+"""Label trust: how likely each label is right, calibrated without clean labels, and with it how noisy a data set is."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, normalize, one_hot
+
+from selectsampler.precision import full_precision
+from selectsampler.progress import progress_bar
+from selectsampler.validation import check_features, check_labels
+
+__all__ = ["Trust", "label_trust"]
+
+STEPS, ROUNDS, BATCH = 150, 4, 1024  # of every head: steps a round, rounds, samples a step
+LEARNING_RATE = 0.02
+SHRINKAGE = 2.0  # weighs |W|^2 / n: a Gaussian prior around the zero-shot classifier
+EIGENVALUE_FLOOR = 1e-3  # of the largest: directions without variance are not blown up
+ANCHORS = 0.06  # of a class's mean size: its anchors, the samples that are surest to be of it
+SURER = 1.25  # exponent of the anchors' posterior: where they are surest, shrunken heads are not sure enough
+STANDS_OUT = 3.0  # standard deviations by which a confusion exceeds the background before it counts as one of its own
+REFERENCES, NEIGHBOURS, BANDWIDTH = 8192, 50, 0.1
+BLOCK = 2**23  # logits that are held at once
+
+
+@dataclass(frozen=True, eq=False)
+class Trust:
+    """What `label_trust` finds.
+
+    Args:
+        probability: (N,), float32, in [0, 1]: how likely each label is right.
+        transition: (C, C), float32, rows sum to 1: how likely a sample of class z (row) is labelled y (column).
+        noise_rate: the share of wrong labels among all.
+        class_noise: (C,), float32: the share of wrong labels among the samples given each label; nan for empty classes.
+        unknown: the classes whose samples the prompts find hardly more often than they find others.
+    """
+
+    probability: Tensor
+    transition: Tensor
+    noise_rate: float
+    class_noise: Tensor
+    unknown: tuple[int, ...]
+
+
+def label_trust(
+    image_features: Tensor,
+    text_features: Tensor,
+    labels: Tensor,
+    *,
+    folds: int = 5,
+    class_names: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Trust:
+    """How likely each label is right, from all that the embeddings know: prompts, other labels, near neighbours.
+
+    >>> trust = label_trust(embeddings.image, embeddings.text, embeddings.labels)         # doctest: +SKIP
+    >>> trust.probability[:3], trust.noise_rate                                           # doctest: +SKIP
+    (tensor([0.9993, 0.0021, 0.9871]), 0.198)
+
+    The true class z of an image is hidden, and its label y is drawn from row z of a transition matrix T. The posterior
+    p(z | image) is a softmax that starts as the zero-shot classifier (cosine / temperature, the temperature fitted), to
+    which a linear head on the whitened features is added. Heads are trained through T, by the likelihood of the labels
+    as given, log sum_z p(z | image) T[z, y], so that they learn true classes from noisy labels; each sample is judged
+    by the head that never saw its label. T is read off the anchors, the samples that are surest of each class: what
+    they are labelled, less what the head's own doubt explains; confusions that do not stand out share one rate. In the
+    end the posteriors of the head and of the nearest neighbours are combined, and
+
+        trust = P(z = y | image, y) = p(y | image) T[y, y] / sum_z p(z | image) T[z, y].
+
+    Training through a transition matrix is that of arXiv 1609.03683, which also reads it off anchors. Where neither
+    CLIP nor the data tell classes apart, what is ambiguous by nature counts as noise in part; where wrong labels depend
+    on the image itself and not on its class alone, the ranking holds, but less noise is reported than there is.
+
+    Args:
+        image_features: (N, D), floating point, of any length but zero; their directions count, in float32.
+        text_features: (C, D), one prompt a class, on the same device.
+        labels: (N,), int64, in [0, C), as given.
+        folds: F, from 2 to N.
+        class_names: C names, for the warning.
+        seed: of folds, batches and references.
+        progress: show a bar on a terminal if it takes longer than two seconds.
+
+    Returns:
+        `Trust`. Memory beyond the features: the features of 8,192 samples, and logits in blocks of 32 MiB.
+
+    Raises:
+        ValueError: if shapes, dtypes or labels do not fit, a feature is zero, or there are fewer than two classes.
+    """
+    check_features(image_features, name="image_features")
+    check_features(text_features, name="text_features", dim=image_features.shape[1])
+    samples, classes = len(image_features), len(text_features)
+    check_labels(labels, samples=samples, classes=classes)
+    if classes < 2:
+        raise ValueError("There is one class only, so that no label can be wrong. Trust needs at least two.")
+    if not 2 <= folds <= samples:
+        raise ValueError(f"folds is {folds}, but it must lie between 2 and the {samples} samples.")
+    with full_precision():
+        data = Data(image_features, text_features, labels)
+        unknown = _unknown_classes(data, class_names)
+        transition = _uniform(classes, 0.1).to(labels.device)
+        heads = _Heads(data, folds, seed)
+        heads.fit_temperature(transition, data.some(seed))
+        with progress_bar("trust", ROUNDS * STEPS, unit="step", show=progress) as bar:
+            for number in range(ROUNDS):
+                heads.train(transition, seed=(seed, number), advance=bar.update)
+                transition = _transition(data, heads, with_doubt=number == ROUNDS - 1)
+        probability = _combined(data, heads, transition, seed)
+    wrong = 1 - probability
+    counts = torch.bincount(labels, minlength=classes)
+    class_noise = torch.zeros(classes, device=labels.device).index_add_(0, labels, wrong) / counts
+    return Trust(probability, transition, float(wrong.mean()), class_noise, unknown)
+
+
+class Data:
+    """Features as directions, in blocks; their mean and what whitens them."""
+
+    block_rows = 8192
+
+    def __init__(self, image_features: Tensor, text_features: Tensor, labels: Tensor) -> None:
+        self.features, self.labels = image_features, labels
+        self.text = normalize(text_features.float(), dim=1)
+        self.mean, self.whitening = self._whiten()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def classes(self) -> int:
+        return len(self.text)
+
+    def directions(self, rows: Tensor) -> Tensor:
+        """(b, D), float32, of length 1."""
+        return normalize(self.features[rows].float(), dim=-1)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """All rows, ascending, in blocks whose logits fit."""
+        rows = torch.arange(len(self), device=self.labels.device)
+        yield from rows.split(max(1, min(self.block_rows, BLOCK // self.classes)))
+
+    def some(self, seed: int) -> Tensor:
+        """Rows to fit scalars to: as many as have room in one block, drawn at random, ascending."""
+        count = min(len(self), 20_000, BLOCK // self.classes)
+        return _drawn(len(self), count, (seed, 1)).to(self.labels.device)
+
+    def _whiten(self) -> tuple[Tensor, Tensor]:
+        """(D,), (D, D): (direction - mean) @ whitening has unit variance in every direction that varies at all."""
+        dim = self.features.shape[1]
+        total, moment = (
+            torch.zeros(*shape, dtype=torch.float64, device=self.text.device) for shape in ((dim,), (dim, dim))
+        )
+        for rows in self.blocks():
+            directions = self.directions(rows)
+            if not directions.any(dim=1).all():
+                row = int(rows[~directions.any(dim=1)][0])
+                raise ValueError(f"image_features[{row}] is zero, so that it has no direction. Leave such samples out.")
+            total += directions.sum(dim=0)
+            moment += directions.T @ directions
+        mean = total / len(self)
+        variances, axes = torch.linalg.eigh(moment / len(self) - torch.outer(mean, mean))
+        return mean.float(), (axes / (variances.clamp(min=0) + EIGENVALUE_FLOOR * variances[-1] + 1e-12).sqrt()).float()
+
+
+class _Heads:
+    """F linear classifiers side by side, each blind to the labels of its fold."""
+
+    def __init__(self, data: Data, folds: int, seed: int) -> None:
+        self.data = data
+        order = torch.from_numpy(np.random.default_rng([seed, folds]).permutation(len(data)))
+        self.fold = torch.empty(len(data), dtype=torch.int64)
+        self.fold[order] = torch.arange(len(data)) % folds
+        self.fold = self.fold.to(data.labels.device)
+        self.seen = [(self.fold != fold).nonzero()[:, 0] for fold in range(folds)]
+        dim, classes, device = data.text.shape[1], data.classes, data.labels.device
+        self.weight = torch.zeros(folds, dim, classes, device=device)  # on whitened features
+        self.bias = torch.zeros(folds, classes, device=device)
+        self.trust_in_prompts = torch.ones(folds, classes, device=device)
+        self.temperature = 1.0
+
+    def fit_temperature(self, transition: Tensor, rows: Tensor) -> None:
+        """Set the temperature of the zero-shot classifier to the one under which the labels are likeliest."""
+        cosines = self.data.directions(rows) @ self.data.text.T
+        self.temperature = 1 / float(_fitted([cosines], transition, self.data.labels[rows], start=20.0)[0])
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """(b, C): of each row by the head that did not see its label."""
+        matrices, offsets = self._linear(self.weight, self.bias, self.trust_in_prompts)
+        directions, fold = self.data.directions(rows), self.fold[rows]
+        logits = torch.empty(len(rows), self.data.classes, device=rows.device)
+        for number in fold.unique().tolist():
+            here = fold == number
+            logits[here] = directions[here] @ matrices[number] + offsets[number]
+        return logits
+
+    def train(self, transition: Tensor, *, seed: tuple[int, int], advance: Callable[[int], object]) -> None:
+        """One round of gradient steps on the likelihood of the labels through `transition`."""
+        parameters = [p.requires_grad_() for p in (self.weight, self.bias, self.trust_in_prompts)]
+        optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95))
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        label_columns = transition.T.contiguous()
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
+            size = min(BATCH, len(self.fold))
+            drawn = [torch.randint(len(seen), (size,), generator=generator).to(seen.device) for seen in self.seen]
+            rows = torch.stack([seen[some] for seen, some in zip(self.seen, drawn, strict=True)])
+            matrices, offsets = self._linear(*parameters)
+            posterior = (self.data.directions(rows) @ matrices + offsets[:, None]).softmax(dim=-1)
+            likelihood = (posterior * label_columns[self.data.labels[rows]]).sum(dim=-1)
+            prior = SHRINKAGE / len(self.seen[0]) * self.weight.square().sum()
+            loss = prior - likelihood.clamp(min=1e-9).log().mean(dim=1).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            advance(1)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+    def _linear(self, weight: Tensor, bias: Tensor, trust_in_prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """(F, D, C), (F, C): the heads as they act on directions."""
+        head = self.data.whitening @ weight
+        zero_shot = self.data.text.T * (trust_in_prompts / self.temperature)[:, None]
+        return head + zero_shot, bias - self.data.mean @ head
+
+
+def _unknown_classes(data: Data, class_names: Sequence[str] | None) -> tuple[int, ...]:
+    """Classes whose samples zero-shot classification finds hardly more often than it finds others; with a warning."""
+    found = torch.zeros(data.classes, data.classes, device=data.labels.device)  # labelled, and taken for
+    for rows in data.blocks():
+        taken_for = (data.directions(rows) @ data.text.T).argmax(dim=1)
+        pairs = data.labels[rows] * data.classes + taken_for
+        found += torch.bincount(pairs, minlength=data.classes**2).view_as(found)
+    sizes = found.sum(dim=1)
+    chance = found.sum(dim=0) / len(data)
+    margin = torch.maximum(0.1 * (1 - chance), 3 * (chance * (1 - chance) / sizes.clamp(min=1)).sqrt())
+    hardly = (sizes >= 10) & (found.diagonal() / sizes.clamp(min=1) < chance + margin)
+    unknown = tuple(hardly.nonzero()[:, 0].tolist())
+    if unknown:
+        names = ", ".join(str(number if class_names is None else class_names[number]) for number in unknown[:5])
+        warnings.warn(
+            f"CLIP does not know {len(unknown)} of {data.classes} classes by their prompts: {names}"
+            f"{', ...' if len(unknown) > 5 else ''}. Their labels are judged by the data's own evidence; check the "
+            "class names, or give templates that describe them.",
+            stacklevel=3,
+        )
+    return unknown
+
+
+def _transition(data: Data, heads: _Heads, *, with_doubt: bool) -> Tensor:
+    """(C, C): the transition matrix, from the labels of the anchors."""
+    anchors = _anchors(data, heads)
+    classes, (per_class, _) = data.classes, anchors.shape
+    counts = one_hot(data.labels[anchors.T], classes).sum(dim=1).float()  # of anchors of z labelled y
+    total = float(per_class)
+    own = torch.eye(classes, dtype=torch.bool, device=counts.device)
+    explained = torch.zeros_like(counts)
+    if with_doubt:  # anchors that are not of their class carry right labels of another
+        for number, rows in enumerate(anchors.T):
+            posterior = (SURER * heads.logits(rows)).softmax(dim=1).mean(dim=0)
+            explained[number] = posterior * counts[number, number]
+    excess = (counts - explained).masked_fill(own, 0)
+    apart = torch.zeros_like(own)
+    for _ in range(6):  # the background is what does not stand out from it
+        rest = ~(apart | own)
+        background = (excess[rest].sum() / rest.sum().clamp(min=1)).clamp(min=0)
+        apart = (excess > background + STANDS_OUT * (background + explained + 0.5).sqrt()) & ~own
+    wrong = torch.where(apart, excess, background).masked_fill(own, 0) / total
+    wrong = wrong / (wrong.sum(dim=1, keepdim=True) / 0.95).clamp(min=1)
+    return wrong + torch.diag(1 - wrong.sum(dim=1))
+
+
+def _anchors(data: Data, heads: _Heads) -> Tensor:
+    """(m, C), int64: of each class the rows whose posterior of it is highest, whatever their label."""
+    per_class = min(len(data), max(20, round(ANCHORS * len(data) / data.classes)))
+    best = torch.empty(0, data.classes, device=data.labels.device)
+    rows_of = torch.empty(0, data.classes, dtype=torch.int64, device=data.labels.device)
+    for rows in data.blocks():
+        values = torch.cat([best, heads.logits(rows).softmax(dim=1)])
+        candidates = torch.cat([rows_of, rows[:, None].expand(-1, data.classes)])
+        best, places = values.topk(min(per_class, len(values)), dim=0)
+        rows_of = candidates.gather(0, places)
+    return rows_of
+
+
+def _combined(data: Data, heads: _Heads, transition: Tensor, seed: int) -> Tensor:
+    """(N,): trust, from the posteriors of heads and neighbours, weighed so that the labels are likeliest."""
+    neighbours = _Neighbours(data, heads, transition, seed)
+
+    def evidence(rows: Tensor) -> list[Tensor]:
+        return [heads.logits(rows).log_softmax(dim=1), neighbours.log_posterior(rows)]
+
+    rows = data.some(seed)
+    weights = _fitted(evidence(rows), transition, data.labels[rows])
+    probability = torch.empty(len(data), device=data.labels.device)
+    for rows in data.blocks():
+        logits = sum(weight * part for weight, part in zip(weights, evidence(rows), strict=True))
+        probability[rows] = _of_label(_given_labels(logits, transition, data.labels[rows]), data.labels[rows])
+    return probability
+
+
+class _Neighbours:
+    """The classes of an image's nearest neighbours among some references, their own labels judged first."""
+
+    def __init__(self, data: Data, heads: _Heads, transition: Tensor, seed: int) -> None:
+        self.data = data
+        self.rows = _drawn(len(data), min(len(data), REFERENCES), (seed, 2)).to(data.labels.device)
+        self.directions = data.directions(self.rows) - data.mean
+        self.posterior = torch.cat(
+            [
+                _given_labels(heads.logits(rows), transition, data.labels[rows])
+                for rows in self.rows.split(BLOCK // data.classes)
+            ]
+        )
+
+    def log_posterior(self, rows: Tensor) -> Tensor:
+        """(b, C): the log of the neighbours' mean posterior, the nearer the heavier, with half a neighbour of doubt."""
+        similarity = (self.data.directions(rows) - self.data.mean) @ self.directions.T
+        place = torch.searchsorted(self.rows, rows).clamp(max=len(self.rows) - 1)
+        itself = self.rows[place] == rows
+        similarity[itself.nonzero()[:, 0], place[itself]] = -torch.inf
+        nearest, which = similarity.topk(min(NEIGHBOURS, len(self.rows)), dim=1)
+        weights = ((nearest - nearest[:, :1]) / BANDWIDTH).softmax(dim=1)
+        mean = embedding_bag(which, self.posterior, per_sample_weights=weights, mode="sum")
+        doubt = 0.5 / NEIGHBOURS
+        return ((mean + doubt / self.data.classes) / (1 + doubt)).log()
+
+
+def _fitted(evidence: Sequence[Tensor], transition: Tensor, labels: Tensor, *, start: float | None = None) -> Tensor:
+    """Positive weights of the evidence, (M,), under whose weighted sum as logits the labels are likeliest."""
+    parts = torch.stack(list(evidence))
+    first = 1 / len(parts) if start is None else start
+    log_weights = torch.full((len(parts),), math.log(first), device=labels.device, requires_grad=True)
+    columns = transition.T[labels]
+    optimizer = torch.optim.LBFGS([log_weights], max_iter=30, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        posterior = torch.tensordot(log_weights.exp(), parts, dims=1).softmax(dim=1)
+        loss = -(posterior * columns).sum(dim=1).clamp(min=1e-9).log().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return log_weights.detach().exp()
+
+
+def _given_labels(logits: Tensor, transition: Tensor, labels: Tensor) -> Tensor:
+    """(b, C): the posterior of the true class, the label as given known as well."""
+    joint = logits.softmax(dim=1) * transition.T[labels]
+    return joint / joint.sum(dim=1, keepdim=True).clamp(min=1e-30)
+
+
+def _of_label(posterior: Tensor, labels: Tensor) -> Tensor:
+    return posterior.gather(1, labels[:, None])[:, 0]
+
+
+def _uniform(classes: int, rate: float) -> Tensor:
+    """(C, C): a transition matrix under which every wrong label is equally likely."""
+    return torch.full((classes, classes), rate / (classes - 1)).fill_diagonal_(1 - rate)
+
+
+def _drawn(samples: int, count: int, seed: tuple[int, int]) -> Tensor:
+    """(count,), int64, ascending: rows drawn at random."""
+    return torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(samples)[:count]))

@@ -1,0 +1,239 @@
+"""Trust finds wrong labels of every kind, knows how many there are, and says where CLIP is no help."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from selectsampler.recipes import noise
+from sklearn.metrics import roc_auc_score
+from torch.testing import assert_close
+
+from selectsampler import Embeddings, Scores, score, select
+from selectsampler.scores import label_trust
+from selectsampler.scores import trust as module
+
+CLASSES, EACH, DIM = 6, 300, 24
+
+
+def made_images(*, seed=0, prompts="right", spread=0.55):
+    """Features around a direction a class, prompts near these directions (or not), and the true labels."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.nn.functional.normalize(torch.randn(CLASSES, DIM, generator=generator), dim=1)
+    truth = torch.arange(CLASSES).repeat(EACH)
+    images = centres[truth] + spread * torch.randn(len(truth), DIM, generator=generator) / math.sqrt(DIM) * 2
+    text = centres + 0.3 * torch.randn(CLASSES, DIM, generator=generator) / math.sqrt(DIM)
+    if prompts == "random":
+        text = torch.randn(CLASSES, DIM, generator=generator)
+    return images, text, truth
+
+
+def noisy(kind, truth, images, *, rate, seed=0):
+    if kind == "symmetric":
+        return noise.symmetric(truth, rate, classes=CLASSES, seed=seed)
+    if kind == "asymmetric":
+        return noise.asymmetric(truth, rate, mapping={0: 1, 1: 0, 2: 3}, seed=seed)
+    return noise.instance_dependent(images, truth, rate, classes=CLASSES, seed=seed)
+
+
+def expected_calibration_error(probability, right, bins=15):
+    which = (probability * bins).long().clamp(max=bins - 1)
+    errors = [
+        float((which == b).float().mean()) * abs(float((probability - right.float())[which == b].mean()))
+        for b in which.unique().tolist()
+    ]
+    return sum(errors)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("symmetric", 0.04), ("asymmetric", 0.04), ("instance", 0.16)])
+def test_it_tells_right_from_wrong_labels_and_is_calibrated(kind, error):
+    images, text, truth = made_images()
+    labels = noisy(kind, truth, images, rate=0.4)
+    trust = label_trust(images, text, labels)
+    right = labels == truth
+    assert roc_auc_score(right, trust.probability) > 0.97
+    assert expected_calibration_error(trust.probability, right) < error
+    assert trust.noise_rate == pytest.approx(float((~right).float().mean()), abs=error)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.2, 0.6])
+def test_it_knows_how_noisy_the_labels_are(rate):
+    images, text, truth = made_images(seed=1)
+    trust = label_trust(images, text, noisy("symmetric", truth, images, rate=rate))
+    assert trust.noise_rate == pytest.approx(rate, abs=0.04)
+    assert_close(trust.class_noise.mean().item(), trust.noise_rate, atol=0.02, rtol=0)
+
+
+def test_the_transition_matrix_shows_which_classes_are_confused():
+    images, text, truth = made_images()
+    labels = noisy("asymmetric", truth, images, rate=0.4)
+    transition = label_trust(images, text, labels).transition
+    assert_close(transition.sum(dim=1), torch.ones(CLASSES))
+    expected = torch.from_numpy(np.asarray(noise.transition_matrix(truth, labels, CLASSES))).float()
+    assert float((transition - expected).abs().max()) < 0.1
+    confused = {tuple(pair) for pair in (transition.fill_diagonal_(0) > 0.2).nonzero().tolist()}
+    assert confused == {(0, 1), (1, 0), (2, 3)}
+
+
+def test_the_datas_own_evidence_helps_where_prompts_say_nothing():
+    images, text, truth = made_images(prompts="random")
+    labels = noisy("symmetric", truth, images, rate=0.3)
+    with pytest.warns(UserWarning, match="CLIP does not know .* of 6 classes"):
+        trust = label_trust(images, text, labels)
+    assert roc_auc_score(labels == truth, trust.probability) > 0.95
+
+
+def test_classes_that_clip_does_not_know_are_named():
+    images, text, truth = made_images()
+    text[4] = -text[4]
+    with pytest.warns(UserWarning, match="CLIP does not know 1 of 6 classes by their prompts: owl"):
+        trust = label_trust(images, text, truth, class_names=["a", "b", "c", "d", "owl", "e"])
+    assert trust.unknown == (4,)
+    assert trust.noise_rate < 0.05, "and they are not distrusted for that"
+
+
+def test_one_seed_gives_the_same_bits_and_storage_order_and_length_count_for_little():
+    images, text, truth = made_images()
+    labels = noisy("symmetric", truth, images, rate=0.4)
+    first = label_trust(images, text, labels, seed=3).probability
+    assert torch.equal(first, label_trust(images, text, labels, seed=3).probability)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    other = label_trust(3 * images[order], text, labels[order], seed=3).probability
+    assert float((first[order] - other).abs().mean()) < 0.03
+
+
+def test_blocks_change_nothing(monkeypatch):
+    images, text, truth = made_images()
+    labels = noisy("symmetric", truth, images, rate=0.4)
+    whole = label_trust(images, text, labels)
+    monkeypatch.setattr(module.Data, "block_rows", 97)
+    parts = label_trust(images, text, labels)
+    assert_close(whole.probability, parts.probability, atol=1e-3, rtol=0)
+
+
+def test_a_label_is_judged_by_heads_that_never_saw_it():
+    images, text, truth = made_images(prompts="random", spread=3.0)  # nothing to learn: only memory could help
+    labels = noisy("symmetric", truth, images, rate=0.5)
+    with pytest.warns(UserWarning, match="does not know"):
+        probability = label_trust(torch.randn(images.shape), text, labels).probability
+    assert 0.4 < roc_auc_score(labels == truth, probability) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_features": torch.ones(1, DIM), "labels": torch.zeros(4, dtype=torch.int64)}, "one class only"),
+        ({"folds": 1}, "folds is 1"),
+        ({"folds": 9}, "folds is 9.*the 4 samples"),
+        ({"labels": torch.tensor([0, 1, 2, 7])}, r"labels\[3\] is 7"),
+        ({"image_features": torch.zeros(4, DIM)}, "zero"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    arguments = {
+        "image_features": torch.ones(4, DIM),
+        "text_features": torch.eye(3, DIM),
+        "labels": torch.arange(4) % 3,
+    }
+    with pytest.raises(ValueError, match=message):
+        label_trust(**(arguments | {"folds": 2} | change))
+
+
+def embeddings_of(images, text, labels, **more):
+    return Embeddings(image=images, text=text, labels=labels, class_names=[f"c{i}" for i in range(CLASSES)], **more)
+
+
+def test_by_default_wrong_labels_are_left_out_and_near_duplicates_come_last():
+    images, text, truth = made_images()
+    images[1::CLASSES][:20] = images[1] + 1e-4  # twenty times the same picture
+    labels = noisy("symmetric", truth, images, rate=0.4)
+    scores = score(embeddings_of(images, text, labels))
+    kept = select(scores, keep=0.3)
+    assert float((labels != truth)[kept.indices].float().mean()) < 0.01
+    repeated = scores["trusted_diversity"][1::CLASSES][:20][labels[1::CLASSES][:20] == 1]
+    assert len(repeated) > 8
+    assert int((repeated > 0).sum()) <= 1
+    assert kept.provenance["trust"]["noise_rate"] == pytest.approx(0.4, abs=0.05)
+    assert kept.provenance["selection"]["balance"] == "auto"
+
+
+def test_unreadable_images_are_not_judged():
+    images, text, truth = made_images()
+    readable = torch.ones(len(truth), dtype=torch.bool)
+    readable[::7] = False
+    images[::7] = 1.0
+    scores = score(embeddings_of(images, text, truth, readable=readable))
+    assert not scores["trust"][::7].any()
+    assert not scores["trusted_diversity"][::7].any()
+    assert float(scores["trust"][readable].mean()) > 0.9
+
+
+def test_trusted_diversity_is_trust_times_the_distance_to_trusted_neighbours():
+    images, text, truth = made_images()
+    scores = score(embeddings_of(images, text, noisy("symmetric", truth, images, rate=0.3)), k=5)
+    directions = torch.nn.functional.normalize(images, dim=1)
+    trust, labels = scores["trust"], scores.labels
+    row = int((trust > 0.9).nonzero()[3])
+    others = ((labels == labels[row]) & (trust >= 0.5)).nonzero()[:, 0]
+    distances = (directions[others[others != row]] - directions[row]).norm(dim=1).sort().values[:5]
+    mean = scores["trusted_diversity"][trust >= 0.5] / trust[trust >= 0.5]
+    assert_close(mean.mean(), torch.tensor(1.0), atol=1e-4, rtol=0)
+    other = int((trust > 0.9).nonzero()[8])
+    near = ((labels == labels[other]) & (trust >= 0.5)).nonzero()[:, 0]
+    second = (directions[near[near != other]] - directions[other]).norm(dim=1).sort().values[:5]
+    ratio = scores["trusted_diversity"][row] / scores["trusted_diversity"][other]
+    assert_close(ratio, trust[row] * distances.mean() / (trust[other] * second.mean()), rtol=1e-4, atol=0)
+
+
+def scores_with_trust(trust, labels):
+    return Scores(
+        {"trust": torch.tensor(trust), "semantic_alignment": torch.tensor(trust)}, labels=torch.tensor(labels)
+    )
+
+
+def test_a_trusted_balance_follows_the_sum_of_trust():
+    scores = scores_with_trust([0.9] * 10 + [0.1] * 10 + [0.9] * 20, [0] * 20 + [1] * 20)
+    kept = select(scores, count=12)
+    assert torch.bincount(scores.labels[kept.indices]).tolist() == [4, 8]  # 10 to 18 of trust
+
+
+def test_a_trusted_balance_asks_no_class_for_more_than_it_can_trust():
+    scores = scores_with_trust([0.9] * 2 + [0.49] * 60 + [0.9] * 20, [0] * 62 + [1] * 20)
+    kept = select(scores, count=15)
+    assert torch.bincount(scores.labels[kept.indices]).tolist() == [2, 13]
+
+
+def test_a_budget_beyond_what_can_be_trusted_is_met_with_a_warning():
+    scores = scores_with_trust([0.9, 0.2, 0.3, 0.9, 0.4, 0.1], [0, 0, 0, 1, 1, 1])
+    with pytest.warns(UserWarning, match="The budget is 4, but only 2 labels are more likely right than wrong: 2"):
+        kept = select(scores, count=4)
+    assert kept.indices.tolist() == [0, 2, 3, 4]
+
+
+def test_shares_hold_and_have_a_price():
+    scores = scores_with_trust([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [0] * 6)
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    kept = select(scores, count=4, groups=groups, shares={1: ("0.5", "1.0")})
+    assert kept.indices.tolist() == [0, 1, 3, 4]
+    assert kept.provenance["selection"]["prices"]["1"] == pytest.approx(0.2)
+    assert kept.objective == pytest.approx(2.8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shares": {0: (0, 1)}}, "groups and shares go together"),
+        ({"groups": torch.zeros(6, dtype=torch.int64), "shares": {0: (0.6, 0.5)}}, r"shares\[0\] is \(0.6, 0.5\)"),
+        ({"groups": torch.zeros(6, dtype=torch.int64), "shares": {0: ("0.3", "0.4")}}, "no whole number lies within"),
+        ({"groups": torch.arange(6) % 2, "shares": {0: (0.9, 1)}}, "Group 0 is to give 4 samples or more"),
+        (
+            {"groups": torch.arange(6) % 2, "shares": {0: (0, 1)}, "balance": "given"},
+            "shares replace balance",
+        ),
+        ({"method": "group"}, "pass image_features=embeddings.image"),
+    ],
+)
+def test_shares_that_do_not_fit_are_named(arguments, message):
+    scores = scores_with_trust([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [0] * 6)
+    with pytest.raises(ValueError, match=message):
+        select(scores, count=4, **arguments)
