@@ -19,7 +19,7 @@ from selectsampler.selection import Selection
 
 __all__ = ["SelectSampler", "epoch_order", "rank_shard", "with_sampler"]
 
-CHUNK = 65_536  # indices that become Python integers at once
+CHUNK = 8192  # indices that become Python integers at once: few enough to stay in the processor's cache
 
 
 class SelectSampler(DistributedSampler[int]):
@@ -407,7 +407,8 @@ def _pass(indices: Tensor, seed: int, number: int, *, shuffle: bool) -> Tensor:
         return indices
     state = np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
-    return indices[torch.randperm(len(indices), generator=generator)]
+    narrow = torch.int32 if len(indices) < 2**31 else torch.int64  # the same numbers either way, in half the memory
+    return indices.index_select(0, torch.randperm(len(indices), generator=generator, dtype=narrow))
 
 
 def _selection_of(indices: Sequence[int] | Tensor) -> Selection:
