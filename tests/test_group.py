@@ -4,16 +4,20 @@ import importlib
 import math
 from collections.abc import Callable
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_features
+from helpers import random_features, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from selectsampler.recipes.data import ZippedImageFolder
+from selectsampler.recipes.noise import symmetric
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from selectsampler.optimizers import coverage, coverage_bound, group
+import selectsampler as ss
+from selectsampler.optimizers import coverage, coverage_bound, group, top_k
 
 group_module = importlib.import_module("selectsampler.optimizers.group")  # the function has the same name
 
@@ -146,6 +150,16 @@ def test_the_bound_is_far_below_that_of_the_gains_given_the_greedy_subset():
     assert result.bound - result.objective < 0.2 * (online - result.objective)
 
 
+def test_the_bound_holds_where_only_the_very_nearest_candidates_are_surveyed(monkeypatch):
+    features, labels = clusters()
+    problem = (torch.zeros(600), features, labels, torch.ones(600), 1.0)
+    wide = solve(problem, 180, None, None)
+    monkeypatch.setattr(coverage_bound, "FEWEST", 2)
+    monkeypatch.setattr(coverage_bound, "PER_KEPT", 0)
+    narrow = solve(problem, 180, None, None)
+    assert narrow.bound >= wide.bound - 0.2 * (wide.bound - wide.objective)  # the least over all radii is nearly wide's
+
+
 @pytest.mark.parametrize("groups", ["none", "labels", "across"])
 def test_distances_computed_where_they_are_needed_change_nothing(groups, monkeypatch):
     features, labels = clusters()
@@ -182,6 +196,15 @@ def test_a_class_of_one_sample_is_covered_by_it_or_not_at_all():
     result = group(torch.zeros(3), points, 2, labels=torch.tensor([0, 0, 5]))
     assert result.indices.tolist() == [0, 2]
     assert result.gains[1] == 1
+
+
+@pytest.mark.parametrize("corners", [24, 30, 50])
+def test_equal_gains_that_rounding_tells_apart_are_ties(corners):
+    angles = torch.arange(corners, dtype=torch.float64) * 2 * math.pi / corners
+    points = torch.stack([angles.cos(), angles.sin()], dim=1)
+    labels, ones = torch.zeros(corners, dtype=torch.int64), torch.ones(corners)
+    problem = (torch.full((corners,), 0.1), points, labels, 0.7 * ones, 0.3)
+    assert solve(problem, 9, None, None).order.tolist() == slow_greedy(problem, labels, [9])
 
 
 def test_one_copy_of_each_duplicate_comes_first_then_utility_decides():
@@ -233,3 +256,47 @@ def test_what_does_not_fit_is_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         group(**arguments | change)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """A fifth of CIFAR-10's pool, seen by a CLIP that never saw it."""
+    archive, model = shared("data/cifar10.zip"), shared("models/cifar-clip")
+    images = ZippedImageFolder(archive, "cifar10/train", accept=lambda name: int(Path(name).stem) < 500)
+    return ss.embed(images, f"local-dir:{model}", class_names=images.classes, fingerprint="pool")
+
+
+@pytest.mark.slow
+def test_on_real_images_greedy_is_far_nearer_to_its_bound_than_a_random_subset(pool):
+    chance = torch.rand(5000, generator=torch.Generator().manual_seed(0))
+    quotas = torch.full((10,), 150)
+    random = top_k(chance, 1500, groups=pool.labels, quotas=quotas)
+    result = group(torch.zeros(5000), pool.image, 1500, labels=pool.labels, quotas=quotas)
+    value = coverage_of(pool.image, pool.labels, random)
+    assert (result.bound - result.objective) / (result.bound - value) <= 0.1  # the whole pool: 0.046
+
+
+@pytest.mark.slow
+def test_on_real_images_it_covers_the_right_ones_better_than_top_k_at_equal_noise(pool):
+    noisy = symmetric(pool.labels, 0.4, classes=10, seed=0)
+    right = (noisy == pool.labels).float()
+    logits = 100 * normalize(pool.image.float(), dim=1) @ normalize(pool.text.float(), dim=1).T
+    utility = logits.softmax(dim=1).gather(1, noisy[:, None])[:, 0] + 10 * right  # neither keeps a wrong one
+    quotas = torch.full((10,), 150)
+    chosen = group(utility, pool.image, 1500, labels=noisy, weights=right, quotas=quotas).indices
+    best = top_k(utility, 1500, groups=noisy, quotas=quotas)
+    assert right[chosen].all()
+    assert right[best].all()
+    known = noisy.masked_fill(right == 0, 10)  # the wrong ones are no class's
+    values = [coverage_of(pool.image, known, subset) for subset in (chosen, best)]
+    distances = [int(right.sum()) - value for value in values]  # half the summed distance to the nearest kept one
+    assert distances[0] < 0.8 * distances[1]
+
+
+def coverage_of(features: Tensor, labels: Tensor, subset: Tensor) -> float:
+    """The coverage of a subset that keeps some of every class below 10."""
+    points, total = normalize(features.double(), dim=1), 0.0
+    for label in range(10):
+        kept = subset[labels[subset] == label]
+        total += float((1 - torch.cdist(points[labels == label], points[kept]).amin(dim=1) / 2).sum())
+    return total
