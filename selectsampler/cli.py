@@ -121,7 +121,7 @@ def _add_select(verbs: Any) -> None:
         "--balance",
         choices=("auto", "trusted", "given", "none"),
         default="auto",
-        help="share of each class: by its sum of trust, as labelled, or any (%(default)s: trusted where trust is known)",
+        help="share of each class: by its sum of trust, as labelled, or any (%(default)s: trusted, if trust is known)",
     )
     verb.add_argument("--quota", action="append", metavar="CLASS=NUMBER", help="of every class instead, by its name")
     verb.add_argument("--method", choices=("exact", "group", "straight_through"), default="exact", help="(%(default)s)")

@@ -9,7 +9,7 @@ from selectsampler.recipes import noise
 from sklearn.metrics import roc_auc_score
 from torch.testing import assert_close
 
-from selectsampler import Embeddings, Scores, score, select
+from selectsampler import Embeddings, Scores, SelectSampler, presets, score, select
 from selectsampler.scores import label_trust
 from selectsampler.scores import trust as module
 
@@ -237,3 +237,13 @@ def test_shares_that_do_not_fit_are_named(arguments, message):
     scores = scores_with_trust([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [0] * 6)
     with pytest.raises(ValueError, match=message):
         select(scores, count=4, **arguments)
+
+
+@pytest.mark.parametrize("method", ["exact", "group"])
+def test_from_dataset_takes_any_method_of_select(method, tiny_clip, pairs):
+    preset = presets.default | {"select": {"method": method, "balance": "given"}}
+    options = {"clip": tiny_clip, "class_names": ["cat", "dog", "owl"], "preset": preset, "progress": False}
+    sampler = SelectSampler.from_dataset(pairs, keep=0.5, **options)
+    assert len(sampler) == 6
+    assert sampler.selection.provenance["selection"]["method"] == method
+    assert sampler.selection.bound >= sampler.selection.objective - 1e-9
