@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -20,10 +21,13 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_alone: ContextVar[bool] = ContextVar("_alone", default=False)  # rank 0 at work for all, who wait and cannot answer
 
 
 def process_count() -> int:
     """How many processes run this program: from the process group, else from torchrun's environment, else 1."""
+    if _alone.get():
+        return 1
     if has_group():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -31,6 +35,8 @@ def process_count() -> int:
 
 def process_rank() -> int:
     """Which of them this is, from 0."""
+    if _alone.get():
+        return 0
     if has_group():
         return dist.get_rank()
     return int(os.environ.get("RANK", "0"))
@@ -59,15 +65,21 @@ def broadcast(value: T) -> T:
 
 
 def from_rank_zero(make: Callable[[], T], *, what: str) -> T:
-    """What `make` returns on rank 0, on every rank; where it fails, all ranks stop, instead of waiting for ever."""
+    """What `make` returns on rank 0, on every rank; where it fails, all ranks stop, instead of waiting for ever.
+
+    Within `make` rank 0 counts as the only process, so that it may call what several would share, as `embed` does.
+    """
     if process_count() == 1:
         return make()
     value, problem, failure = None, "", None
     if process_rank() == 0:
+        token = _alone.set(True)
         try:
             value = make()
         except Exception as error:
             problem, failure = f"{type(error).__name__}: {error}", error
+        finally:
+            _alone.reset(token)
     value, problem = broadcast((value, problem))
     if problem:
         raise RuntimeError(f"Rank 0 failed to make {what}: {problem}") from failure

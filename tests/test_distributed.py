@@ -5,7 +5,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from conftest import make_images, make_tiny_clip
 
-from selectsampler import SelectSampler
+from selectsampler import Reselect, SelectSampler, embed, score, select
 from selectsampler.distributed import barrier, broadcast, check_agreement, gather
 from selectsampler.embeddings import encode
 
@@ -31,7 +31,13 @@ def rank_of_two(rank, folder, answers):
         rank=rank,
     )
     gathered = gather(torch.arange(rank + 1) + 2**40 * rank)
-    answers.put((rank, sum(encoded), sampler.selection.fingerprint, list(sampler), gathered.tolist()))
+    before = sum(encoded)
+    whole_job = Reselect(
+        SelectSampler(sampler.selection, num_replicas=2, rank=rank),
+        lambda epoch, state: select(score(embed(dataset, (model, preprocess, tokenizer), class_names=NAMES)), count=15),
+    )
+    whole_job.on_epoch_start(0)
+    answers.put((rank, before, sampler.selection.fingerprint, list(sampler), gathered.tolist(), sum(encoded) - before))
     barrier()
     torch.distributed.destroy_process_group()
 
@@ -51,6 +57,7 @@ def test_two_ranks_embed_half_each_and_share_one_selection(tmp_path):
     assert len(set(seen)) == 15
     assert len(seen) == 16, "the fifteen selected, one of them repeated to be even"
     assert first[4] == second[4] == [0, 2**40, 2**40 + 1], "whole numbers pass unrounded"
+    assert (first[5], second[5]) == (30, 0), "a select_fn that embeds does so on rank 0, and waits for nobody"
 
 
 def test_one_process_talks_to_itself():
