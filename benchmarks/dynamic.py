@@ -97,7 +97,7 @@ def infobatch(run: Run) -> Plan:
 
 def static(run: Run) -> Plan:
     """The default selection, made once."""
-    scores = ss.score(run.adapted)
+    scores = ss.score(run.adapted, **ss.presets.default["score"])
     return run.sampler(ss.select(scores, count=run.epoch_size, **ss.presets.default["select"])), None
 
 
