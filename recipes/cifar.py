@@ -8,16 +8,18 @@ bfloat16 and torch.compile on a GPU. It was not run to its end here: there was n
 
 `--quick` is for two cores: the first 2,500 images of each class, a network of 0.46 M parameters, and 500 updates of 128
 for every method, so that all visit as many samples. Run once (seed 0) with `--noise symmetric:0.4 --keep 0.5` and a
-small CLIP pretrained on the other half of CIFAR-10, on one thread of a Xeon whose two cores were shared with other work
-(torch 2.15), in 7 min 49 s, of which 3 min 58 s were computing:
+small CLIP pretrained on the other half of CIFAR-10, on one thread of a Xeon with two cores that four or more other
+processes used as well (torch 2.15), hence the uneven seconds; they add up to ten minutes, less than half of them
+computing (benchmarks/results/cifar-quick.json):
 
     trained on     test accuracy  wrong labels  samples  select    train
     full                 54.53 %        40.0 %    25000     0.0 s    58.6 s
     random               52.04 %        40.3 %    12500     0.0 s   102.8 s
-    ours                 72.09 %         2.1 %    12500    41.6 s   129.5 s
+    ours                 71.83 %         2.2 %    12500   166.3 s   147.0 s
     oracle               70.92 %         0.0 %    12500     0.0 s   127.1 s
 
-`select` is embedding (30.7 s), adapting (3.7 s), scoring (7.2 s) and selecting. The oracle draws among right labels.
+`select` is embedding (140.4 s; 30.7 s when the machine was quieter), scoring (25.9 s) and selecting. The oracle draws
+among right labels. One seed cannot tell ours from the oracle.
 Every seed draws its own noise, subset, network and order; damage is the same for all. With `--report FILE.json` a run
 that was interrupted goes on with what is missing.
 """
