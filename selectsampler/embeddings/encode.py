@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from selectsampler.distributed import barrier, process_count, process_rank
 from selectsampler.embeddings.clip import Clip, load_clip
+from selectsampler.embeddings.damaging import REVISION, twin_of
 from selectsampler.embeddings.datasets import UNREADABLE, Images, NotAnImage, as_images, digest_pixels
 from selectsampler.embeddings.features import Embeddings, as_labels
 from selectsampler.embeddings.statistics import STATISTICS, image_statistics
@@ -25,6 +26,7 @@ from selectsampler.validation import check_classes, check_labels
 __all__ = ["UnreadableImages", "dataset_fingerprint", "embed"]
 
 SHARD = 1024  # images; a kill costs at most these
+NO_TWIN = -1  # where the number of a kind of damage would stand
 NO_CONTENT = bytes(32)  # where a digest would stand, had the image been readable
 
 Template = str | Callable[[str], str]
@@ -112,12 +114,15 @@ def embed(
     except NotAnImage as error:
         raise ValueError(str(error)) from None
     readable = _check_readable(images, columns["readable"], unreadable)
+    with_twin = (columns["twin"] != NO_TWIN).nonzero()[:, 0]
     return Embeddings(
         image=columns["image"],
         text=_embed_prompts(prompts, model, cache_dir, progress=progress),
         labels=label_tensor,
         class_names=class_names,
         image_statistics=columns["image_statistics"],
+        twins=torch.stack([with_twin, columns["twin"][with_twin]], dim=1),
+        twin_statistics=columns["twin_statistics"][with_twin],
         readable=readable,
         keys=images.keys(),
         temperature=model.temperature,
@@ -221,7 +226,7 @@ def _embed_images(
         shards = [columns for _, columns in _encode(prepared, model, dict(enumerate(_ranges(images))), options)]
         columns = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
     else:
-        key = {**model.identity(), "statistics": STATISTICS}
+        key = {**model.identity(), "statistics": STATISTICS, "twins": REVISION}
         store = ShardStore(cache_dir, key, inputs, rows=len(images), shard_rows=SHARD)
         columns = _fill(store, prepared, model, options)
     if by_content:
@@ -318,10 +323,13 @@ class PreparedImages(Dataset):
         except UNREADABLE:
             image = None
         unseen = np.zeros(len(STATISTICS), dtype=np.float32)
+        twin = None if image is None else twin_of(image)
         row = {
             "pixels": self.blank if image is None else self.preprocess(image),
             "image_statistics": unseen if image is None else image_statistics(np.asarray(image)),
             "readable": image is not None,
+            "twin": NO_TWIN if twin is None else twin[0],
+            "twin_statistics": unseen if twin is None else image_statistics(np.asarray(twin[1])),
         }
         if self.hash_content:
             row["content"] = _as_row(NO_CONTENT if image is None else digest_pixels(image))

@@ -30,6 +30,8 @@ class Embeddings:
         labels: (N,), integers in [0, C), as given, right or wrong.
         class_names: C distinct names.
         image_statistics: (N, S), float32, of the raw pixels, in the order of `STATISTICS`; None: no image was seen.
+        twins: (T, 2), int64: images that `embed` damaged on purpose, as (row, number of the kind of damage), or None.
+        twin_statistics: (T, S), float32, of these images after the damage.
         readable: (N,), bool; False where the file could not be decoded: such a sample is never selected. None: all are.
         keys: N file names relative to the data set's root, or None.
         temperature: the model's own, 1 / exp(logit_scale); None where unknown.
@@ -44,6 +46,8 @@ class Embeddings:
     labels: Tensor
     class_names: Sequence[str]
     image_statistics: Tensor | None = None
+    twins: Tensor | None = None
+    twin_statistics: Tensor | None = None
     readable: Tensor | None = None
     keys: Sequence[str] | None = None
     temperature: float | None = None
@@ -67,7 +71,16 @@ class Embeddings:
             value = getattr(self, name)
             if value is not None and len(value) != samples:
                 raise ValueError(f"{name} has {len(value)} rows, but there are {samples} samples.")
+        self._check_twins()
         _warn_of_empty_classes(self.labels, self.class_names)
+
+    def _check_twins(self) -> None:
+        if (self.twins is None) != (self.twin_statistics is None):
+            raise ValueError("twins and twin_statistics come together: give both, or neither.")
+        if self.twins is not None and self.twins.shape != (len(self.twin_statistics), 2):  # type: ignore[arg-type]
+            raise ValueError(
+                f"twins must hold a row and a kind of damage for each row of twin_statistics, not {self.twins.shape}."
+            )
 
     def __repr__(self) -> str:
         return f"Embeddings({len(self)} images of {len(self.class_names)} classes, {self.image.shape[1]} features)"

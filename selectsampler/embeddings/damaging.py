@@ -1,0 +1,130 @@
+"""Images damaged on purpose: what a detector of damage learns from, without a single damaged image of the user's.
+
+A twin is an image of the data set itself after one kind of damage of random strength, from hardly visible to plain. The
+kinds are families rather than filters: noise of several distributions, covers of several fillings, and so on. They are
+not meant to be all that can happen to an image: `selectsampler.scores.damage` must also find what none of them is.
+"""
+
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+__all__ = ["DAMAGES", "REVISION", "twin_of"]
+
+EVERY = 6  # one image of so many gets a twin
+REVISION = 1  # part of the key of embed's cache: another whenever the damage changes
+
+
+def twin_of(image: Image.Image) -> tuple[int, Image.Image] | None:
+    """The number of a kind of damage (in `DAMAGES`) and the image after it, or None for five images of six.
+
+    >>> twins = [twin_of(Image.new("RGB", (32, 24), (level, 0, 0))) for level in range(100)]
+    >>> {twin[1].size for twin in twins if twin is not None}
+    {(32, 24)}
+
+    All follows from the pixels alone, so that neither order, nor workers, nor a cache change it.
+
+    Args:
+        image: in RGB, of any size.
+    """
+    checksum = zlib.crc32(image.tobytes())
+    if checksum % EVERY:
+        return None
+    random = np.random.default_rng((checksum, REVISION))
+    kind = int(random.integers(len(DAMAGES)))
+    return kind, DAMAGES[kind](image, random)
+
+
+def _noise(image: Image.Image, random: np.random.Generator) -> Image.Image:
+    """Sensor noise: normal, uniform, in proportion to the light, or single pixels lost; of one channel or of each."""
+    pixels = _pixels(image)
+    shape = pixels.shape if random.random() < 0.7 else (*pixels.shape[:2], 1)
+    strength = _between(random, 0.04, 0.25)
+    kind = random.integers(4)
+    if kind == 0:
+        pixels = pixels + strength * random.standard_normal(shape)
+    elif kind == 1:
+        pixels = pixels + strength * 3**0.5 * random.uniform(-1, 1, shape)
+    elif kind == 2:
+        pixels = pixels + 1.5 * strength * np.sqrt(pixels) * random.standard_normal(shape)
+    else:
+        pixels = np.where(random.random(shape) < strength / 2, random.integers(0, 2, shape), pixels)
+    return _image(pixels)
+
+
+def _cover(image: Image.Image, random: np.random.Generator) -> Image.Image:
+    """A rectangle hidden: by one colour, by noise, or by another part of the image."""
+    pixels = _pixels(image)
+    height, width = pixels.shape[:2]
+    area, aspect = _between(random, 0.06, 0.5), _between(random, 0.5, 2.0)
+    rows = int(np.clip(round((area * aspect) ** 0.5 * height), 1, height))
+    columns = int(np.clip(round((area / aspect) ** 0.5 * width), 1, width))
+    top, left, other_top, other_left = random.integers(0, [height - rows + 1, width - columns + 1] * 2)
+    fillings: list[np.ndarray] = [
+        np.zeros(3),
+        np.ones(3),
+        np.full(3, random.random()),
+        random.random(3),
+        pixels.mean(axis=(0, 1)),
+        random.random((rows, columns, 3)),
+        pixels[other_top : other_top + rows, other_left : other_left + columns].copy(),
+    ]
+    pixels[top : top + rows, left : left + columns] = fillings[random.integers(len(fillings))]
+    return _image(pixels)
+
+
+def _coarse(image: Image.Image, random: np.random.Generator) -> Image.Image:
+    """Resolution lost: made smaller, and as large again by interpolation."""
+    filters = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+    factor = _between(random, 1.4, max(4.0, min(image.size) / 48))
+    small = [max(1, round(side / factor)) for side in image.size]
+    down, up = random.integers(0, 4), random.integers(0, 3)
+    return image.resize(small, (*filters, Image.Resampling.BOX)[down]).resize(image.size, filters[up])
+
+
+def _veil(image: Image.Image, random: np.random.Generator) -> Image.Image:
+    """Contrast lost to something light or grey in front, even or in clouds."""
+    pixels = _pixels(image)
+    clouds = random.random((int(random.integers(2, 6)),) * 2).astype(np.float32)
+    clouds = np.asarray(Image.fromarray(clouds).resize(image.size, Image.Resampling.BICUBIC))[..., None]
+    share = np.clip(_between(random, 0.25, 0.8) * (1 + random.uniform(0, 1) * (clouds - 0.5)), 0, 0.95)
+    light = random.uniform(0.5, 1.0) + 0.05 * random.standard_normal(3)
+    return _image((1 - share) * pixels + share * light)
+
+
+def _blur(image: Image.Image, random: np.random.Generator) -> Image.Image:
+    """Out of focus, or moved along a line while the shutter was open."""
+    largest = max(2.0, min(image.size) / 30)
+    if random.random() < 0.4:
+        focus = (ImageFilter.GaussianBlur, ImageFilter.BoxBlur)[random.integers(2)]
+        return image.filter(focus(_between(random, 0.7, largest)))
+    angle, length = random.uniform(0, np.pi), _between(random, 2.0, 3 * largest)
+    pixels = _pixels(image)
+    steps = np.linspace(-length / 2, length / 2, 2 * int(length) + 3)
+    moved = [_shifted(pixels, round(step * np.sin(angle)), round(step * np.cos(angle))) for step in steps]
+    return _image(np.mean(moved, axis=0))
+
+
+DAMAGES: tuple[Callable[[Image.Image, np.random.Generator], Image.Image], ...] = (_noise, _cover, _coarse, _veil, _blur)
+
+
+def _between(random: np.random.Generator, low: float, high: float) -> float:
+    """Equally often in every octave."""
+    return float(np.exp(random.uniform(np.log(low), np.log(high))))
+
+
+def _shifted(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
+    """Moved by whole pixels, the outermost repeated."""
+    rows = np.clip(np.arange(pixels.shape[0]) - down, 0, pixels.shape[0] - 1)
+    columns = np.clip(np.arange(pixels.shape[1]) - right, 0, pixels.shape[1] - 1)
+    return pixels[rows][:, columns]
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=np.float32) / 255
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8))

@@ -1,0 +1,232 @@
+"""Is an image damaged? Learned from images of the data set itself and from their twins, damaged on purpose."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, gelu
+
+from selectsampler.validation import check_features, check_mask
+
+__all__ = ["intactness"]
+
+FEWEST = 30  # twins; from fewer nothing can be learned
+FOLDS = 4
+HIDDEN = 64
+STEPS = 500
+BATCH = 256
+LEARNING_RATE = 5e-3
+STRANGERS = 0.2  # weight of images of no known kind of damage, beside the twins
+ANCHOR = 0.03  # weight of the loss that takes every image for intact; see `_loss`
+
+
+def intactness(
+    image_statistics: Tensor,
+    twins: Tensor,
+    twin_statistics: Tensor,
+    *,
+    eligible: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """How likely each image is intact, in [0, 1], higher is better; below 0.5 it is more likely damaged.
+
+    >>> intact = intactness(embeddings.image_statistics, embeddings.twins, embeddings.twin_statistics)  # doctest: +SKIP
+    >>> suspects = (intact < 0.5).nonzero()[:, 0]                                                     # doctest: +SKIP
+
+    `embed` damages some images of the data set in ways of its own, and notes the statistics of these twins. A small
+    network learns to say which of the two, image or twin, was damaged, and how. Comparing an image with its own twin
+    cancels what the image shows, so that a rare image is no suspect, and holds where many images of the data set are
+    damaged already: it is hardly told that they are intact, only that their twins are worse. Statistics of many images
+    thrown together stand for damage of an unknown kind. No image is judged by a network that saw it or its twin.
+
+    Limits: it sees what the statistics see, not content: an image of something else is intact. Damage unlike that of
+    all twins is found less surely, or not at all. Where one kind of damage has hit two images of five, it looks normal.
+
+    Args:
+        image_statistics: (N, S), floating point, finite, as `embed` notes them.
+        twins: (T, 2), int64: the image that a twin was made from, in [0, N), and the number of its kind of damage.
+        twin_statistics: (T, S), floating point, finite.
+        eligible: (N,), bool; the others (unreadable images) take no part and get 0. None: all are.
+        seed: of the folds, the batches and the networks.
+
+    Returns:
+        (N,), float32, on the device of the input.
+
+    Raises:
+        ValueError: if there are no statistics, shapes do not fit, or there are fewer than 30 twins.
+    """
+    samples = _check(image_statistics, twins, twin_statistics)
+    if eligible is None:
+        eligible = torch.ones(samples, dtype=torch.bool, device=twins.device)
+    check_mask(eligible, name="eligible", samples=samples)
+    known = eligible[twins[:, 0]]
+    twins, twin_statistics = twins[known], twin_statistics[known]
+    if len(twins) < FEWEST:
+        raise ValueError(
+            f"There are {len(twins)} damaged twins, but {FEWEST} are needed to learn from. embed() makes one of every "
+            "sixth image: embed more images, or leave this score out."
+        )
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, samples)).generate_state(1)[0]))
+    scaled = _scaling(image_statistics[eligible])
+    images, damaged = scaled(image_statistics[eligible]), scaled(twin_statistics)
+    number = eligible.cumsum(0) - 1
+    twins = torch.stack([number[twins[:, 0]], twins[:, 1].unique(return_inverse=True)[1]], dim=1)
+    result = torch.zeros(samples, device=image_statistics.device)
+    result[eligible] = _cross_fitted(images, damaged, twins, generator)
+    return result
+
+
+def _check(image_statistics: Tensor, twins: Tensor, twin_statistics: Tensor) -> int:
+    if image_statistics is None or twins is None or twin_statistics is None:
+        raise ValueError(
+            "There are no image statistics or no damaged twins: embed() notes them while it sees the pixels, and "
+            "features of one's own come without. Make the embeddings with embed(), or leave this score out."
+        )
+    check_features(image_statistics, name="image_statistics")
+    check_features(twin_statistics, name="twin_statistics", dim=image_statistics.shape[1])
+    if twins.dtype != torch.int64 or twins.shape != (len(twin_statistics), 2):
+        raise ValueError(f"twins must be int64 of shape ({len(twin_statistics)}, 2), not {tuple(twins.shape)}.")
+    if len(twins) and not 0 <= int(twins[:, 0].min()) <= int(twins[:, 0].max()) < len(image_statistics):
+        raise ValueError(f"twins[:, 0] must lie in [0, {len(image_statistics)}), the rows of image_statistics.")
+    return len(image_statistics)
+
+
+def _scaling(values: Tensor) -> Callable[[Tensor], Tensor]:
+    """Maps statistics to medians of 0 and deviations of 1, within 4 deviations."""
+    values = values.float()
+    middle, spread = values.median(dim=0).values, values.std(dim=0, correction=0) + 1e-6
+    return lambda others: ((others.float() - middle) / spread).clamp(-4, 4)
+
+
+def _cross_fitted(images: Tensor, damaged: Tensor, twins: Tensor, generator: torch.Generator) -> Tensor:
+    """(n,), float32: the intactness of each image. Who looks damaged in the first round is no example in the second."""
+    folds = torch.randperm(len(images), generator=generator).to(images.device) % FOLDS
+    usable = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    for _ in range(2):
+        networks = _train(images, damaged, twins, folds, usable, generator)
+        of_images = _evidence(networks, images, folds)
+        of_twins = _evidence(networks, damaged, folds[twins[:, 0]])
+        usable = of_images <= of_images.sort().values[3 * len(images) // 4]
+    return _calibrated(of_images, of_twins)
+
+
+def _train(
+    images: Tensor, damaged: Tensor, twins: Tensor, folds: Tensor, usable: Tensor, generator: torch.Generator
+) -> list[Tensor]:
+    """One small network a fold, side by side: statistics in, for each kind of damage log p(kind) / p(intact) out."""
+    kinds = int(twins[:, 1].max()) + 2
+    rows = [((folds != fold) & usable).nonzero()[:, 0] for fold in range(FOLDS)]
+    pairs = [((folds != fold) & usable)[twins[:, 0]].nonzero()[:, 0] for fold in range(FOLDS)]
+    shapes = ((images.shape[1], HIDDEN), (1, HIDDEN), (HIDDEN, kinds), (1, kinds))
+    weights = [
+        (torch.randn(FOLDS, *shape, generator=generator) * (shape[0] > 1) / shape[0] ** 0.5).to(images.device)
+        for shape in shapes
+    ]
+    weights = [weight.requires_grad_() for weight in weights]
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=1e-2)
+    strangers = _strangers(images[usable])
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + np.cos(np.pi * step / STEPS)) / 2
+        pair, row = _draw(pairs, generator), _draw(rows, generator)
+        own, twin, other = images[twins[pair, 0]], damaged[pair], images[row]
+        strange = strangers(generator)
+        logits = _logits(weights, torch.cat([own, twin, other, strange], dim=1)).split(BATCH, dim=1)
+        loss = _loss(logits, twins[pair, 1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return [weight.detach() for weight in weights]
+
+
+def _loss(logits: Sequence[Tensor], kind: Tensor) -> Tensor:
+    """Sum over the networks of how badly they tell which of two images was damaged, and how.
+
+    Conditional logistic regression: of all (image of the pair, kind) one is true. It says nothing of how one pair
+    compares with another, nor of the level of the logits: a weak ordinary loss, for which every image of the data set
+    is intact, settles that without teaching the networks the damage that is already there.
+    """
+    own, twin, other, strange = logits
+    kinds = own.shape[-1]
+    unknown = torch.full_like(kind, kinds - 1)
+    paired = _entropy(torch.cat([twin, own], dim=-1), kind)
+    paired = paired + STRANGERS * _entropy(torch.cat([strange, other], dim=-1), unknown)
+    intact = torch.zeros_like(own[..., :1])
+    alone = _entropy(torch.cat([other, intact], dim=-1), torch.full_like(kind, kinds))
+    alone = alone + (1 - STRANGERS) * _entropy(torch.cat([twin, intact], dim=-1), kind)
+    alone = alone + STRANGERS * _entropy(torch.cat([strange, intact], dim=-1), unknown)
+    return (1 - ANCHOR) * paired + ANCHOR * alone / 2
+
+
+def _entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(logits.flatten(0, 1), target.flatten()) * len(logits)
+
+
+def _logits(weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
+    """(F, n, K) of (F, n, S)."""
+    first, first_bias, second, second_bias = weights
+    return gelu(inputs @ first + first_bias) @ second + second_bias
+
+
+def _evidence(weights: Sequence[Tensor], inputs: Tensor, folds: Tensor) -> Tensor:
+    """(n,): log of p(damaged, in whatever way) / p(intact), each row by the network of its fold."""
+    result = torch.zeros(len(inputs), device=inputs.device)
+    for fold in range(FOLDS):
+        rows = (folds == fold).nonzero()[:, 0]
+        own = [weight[fold : fold + 1] for weight in weights]
+        for chunk in rows.split(65536):
+            result[chunk] = _logits(own, inputs[chunk][None])[0].logsumexp(dim=1)
+    return result
+
+
+def _strangers(images: Tensor) -> Callable[[torch.Generator], Tensor]:
+    """Draws (F, n, S) statistics that no image has: each principal component of another image, half as far again."""
+    middle = images.mean(dim=0)
+    centred = images - middle
+    covariance = centred.T @ centred / len(images)
+    axes = torch.linalg.eigh(covariance + 1e-2 * torch.eye(len(covariance), device=images.device)).eigenvectors
+    components = centred @ axes
+
+    def draw(generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(images), (FOLDS, BATCH, len(axes)), generator=generator).to(images.device)
+        mixed = components[rows, torch.arange(len(axes), device=images.device)]
+        return (1.5 * mixed @ axes.T + middle).clamp(-4, 4)
+
+    return draw
+
+
+def _draw(rows: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """(F, n): of each set a batch, with replacement."""
+    return torch.stack(
+        [of_fold[torch.randint(len(of_fold), (BATCH,), generator=generator).to(of_fold.device)] for of_fold in rows]
+    )
+
+
+def _calibrated(of_images: Tensor, of_twins: Tensor) -> Tensor:
+    """(n,): 1 - p(damaged), where log p / (1 - p) is linear in the evidence, as far as the median twin's.
+
+    Slope and offset minimise the logistic loss of learning from positive and unlabelled examples (du Plessis et al.,
+    ICML 2015): the mean of p is the estimated share of damaged images, and their mean evidence is that of the twins.
+    """
+    share = _share(of_images, of_twins)
+    plain = of_twins.median()  # beyond it evidence is as good as certain, and does not bend the curve
+    images, twins = of_images.clamp(max=plain).double(), of_twins.clamp(max=plain).double()
+    middle, spread = twins.mean(), twins.std() + 1e-6
+    inputs = torch.stack([(images - middle) / spread, torch.ones_like(images)], dim=1)
+    target = torch.stack([torch.zeros_like(share), share])
+    beta = torch.zeros(2, dtype=inputs.dtype, device=inputs.device)
+    ridge = 1e-6 * torch.eye(2, dtype=inputs.dtype, device=inputs.device)
+    for _ in range(60):  # Newton's method, no step above 1; the loss is convex
+        p = torch.sigmoid(inputs @ beta)
+        gradient = inputs.T @ p / len(images) - target
+        curvature = (inputs * (p * (1 - p))[:, None]).T @ inputs / len(images) + ridge
+        beta = beta - torch.linalg.solve(curvature, gradient).clamp(-1, 1)
+    slope = beta[0].clamp(min=1e-3)  # more evidence is never a better sign, whatever a handful of twins says
+    return torch.sigmoid(-(slope * (of_images.double() - middle) / spread + beta[1])).float()
+
+
+def _share(of_images: Tensor, of_twins: Tensor) -> Tensor:
+    """How many images are damaged: above no threshold more than there are, for each twin above it."""
+    thresholds = of_twins.quantile(torch.linspace(0.1, 0.5, 20, device=of_twins.device))
+    ratios = [(of_images >= t).double().mean() / (of_twins >= t).double().mean() for t in thresholds]
+    return torch.stack(ratios).min().clamp(0.005, 0.5)
