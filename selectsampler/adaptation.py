@@ -19,6 +19,8 @@ from selectsampler.progress import progress_bar
 
 __all__ = ["Adapted", "adapt", "info_nce_loss", "prompt_loss"]
 
+BLOCK = 65_536  # rows whose adapted features are held at once
+
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -49,11 +51,14 @@ class Adapted:
         return len(self.embeddings)
 
     def by_fold(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each fold: its rows (n,), their adapted image features (n, D) and all adapted prompts (C, D), float32."""
+        """Rows of one fold (n,), their adapted image features (n, D) and all adapted prompts (C, D), float32.
+
+        Fold after fold, and within a fold in blocks of `BLOCK` rows, so that memory stays bounded at any N.
+        """
         for fold, (image_adapter, text_adapter) in enumerate(zip(self.image_adapters, self.text_adapters, strict=True)):
-            rows = (self.folds == fold).nonzero()[:, 0]
-            image = self.embeddings.image[rows].float() @ image_adapter.T
-            yield rows, image, self.embeddings.text.float() @ text_adapter.T
+            text = self.embeddings.text.float() @ text_adapter.T
+            for rows in (self.folds == fold).nonzero()[:, 0].split(BLOCK):
+                yield rows, self.embeddings.image[rows].float() @ image_adapter.T, text
 
     @property
     def distance_features(self) -> Tensor:

@@ -114,6 +114,14 @@ def test_adapters_keep_the_dimension_and_every_sample_has_a_fold(method, folds):
         assert_close(text, embeddings.text @ adapted.text_adapters[fold].T)
 
 
+def test_adapted_features_come_in_blocks_which_change_no_score(monkeypatch):
+    adapted = adapt(random_embeddings(samples=31, classes=2), folds=3, **QUICK)
+    expected = score(adapted, columns=("semantic_alignment",))["semantic_alignment"]
+    monkeypatch.setattr(adaptation, "BLOCK", 4)
+    assert max(len(rows) for rows, _, _ in adapted.by_fold()) == 4
+    assert_close(score(adapted, columns=("semantic_alignment",))["semantic_alignment"], expected)
+
+
 def test_the_image_and_the_text_adapter_are_two():
     adapted = adapt(random_embeddings(samples=30, classes=2), method="info_nce", **QUICK)
     assert not torch.allclose(adapted.image_adapters, adapted.text_adapters)
