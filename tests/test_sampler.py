@@ -546,7 +546,7 @@ def test_arguments_that_make_no_sense_are_refused(arguments, message):
 def test_a_sampler_from_a_data_set_selects_step_by_step(monkeypatch):
     embeddings = random_embeddings(samples=40, classes=2)
     monkeypatch.setattr("selectsampler.embeddings.embed", lambda dataset, clip, **arguments: embeddings)
-    preset = {"adapt": {"method": "none"}, "select": {"score_weights": {"semantic_alignment": 1.0}}}
+    preset = {"adapt": {"method": "none"}, "select": {"score_weights": {"semantic_alignment": 1.0}, "balance": None}}
     arguments = {"clip": "tiny", "class_names": ["a", "b"], "preset": preset, "seed": 5}
     sampler = SelectSampler.from_dataset(Numbers(40), keep=0.29, shuffle=False, **arguments)
     alignment = selectsampler.score(embeddings)["semantic_alignment"]
