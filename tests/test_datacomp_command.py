@@ -132,6 +132,32 @@ def test_two_ranks_give_the_bits_of_one_and_go_on_after_a_rank_died(pool, monkey
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
 
 
+SLOW_TO_WRITE = """
+import sys, time
+from selectsampler.cli import main
+from selectsampler.datacomp import filtering
+
+whole = filtering.write_uids
+
+def slow(path, *arguments, **keywords):
+    time.sleep(1)
+    print("parts", len(list(path.with_name(path.name + ".work").glob("*.safetensors"))))
+    return whole(path, *arguments, **keywords)
+
+filtering.write_uids = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_parts_stay_until_the_uid_file_stands_whichever_rank_is_faster(pool):
+    program = pool.parent / "slow.py"
+    program.write_text(SLOW_TO_WRITE)
+    done = torchrun([str(program), *arguments(pool, "two.npy")])
+    assert done.returncode == 0, done.stderr
+    assert "parts 8" in done.stdout  # two groups twice, and four shards
+    assert not (pool.parent / "two.npy.work").exists()
+
+
 def test_ranks_without_a_shared_folder_send_what_the_first_lacks(pool):
     assert main(arguments(pool, "one.npy")) == 0
     apart = pool.parent / "apart.py"

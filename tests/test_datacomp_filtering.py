@@ -227,6 +227,45 @@ def test_changed_arguments_or_files_are_computed_anew(tmp_path):
     assert np.array_equal(changed.uids, fresh.uids)
 
 
+@pytest.mark.parametrize("same_size", [True, False])
+def test_a_changed_parquet_alone_is_scored_anew(tmp_path, same_size):
+    columns = write_pool(tmp_path / "pool", [200])
+    stages, work = [Stage("clip-score", keep="0.3")], {"work": tmp_path / "work"}
+    filter_pool(tmp_path / "pool", stages, **SMALL, **work)
+    shown = columns["clip_l14_similarity_score"]
+    shown[[3, 4]] = shown[[4, 3]]  # the extremes of the column are those of before
+    write_shard(tmp_path / "pool", "s0", columns if same_size else columns | {"more": np.arange(200)})
+    changed = filter_pool(tmp_path / "pool", stages, **SMALL, **work)
+    assert set(format_uids(changed.uids)) == set(columns["uid"][np.argsort(-shown)[:60]])
+
+
+def test_the_similarities_of_two_models_are_not_mixed_up(tmp_path):
+    columns = write_pool(tmp_path / "pool", [200])
+    columns["clip_b32_similarity_score"] = -columns["clip_l14_similarity_score"]
+    write_shard(tmp_path / "pool", "s0", columns)
+    stages, work = [Stage("clip-score", keep="0.5")], {"work": tmp_path / "work"}
+    kept = [filter_pool(tmp_path / "pool", stages, arch=arch, **SMALL, **work).uids for arch in ("l14", "b32")]
+    assert not set(format_uids(kept[0])) & set(format_uids(kept[1]))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_a_killed_run_left_is_gone_in_the_end(tmp_path, monkeypatch, given):
+    write_pool(tmp_path / "pool", [100, 80], deflated=True)
+    out = tmp_path / "out.npy"
+    work = tmp_path / "given" if given else tmp_path / "out.npy.work"
+    options = SMALL | {"work": work if given else None}
+    with monkeypatch.context() as killed:
+        killed.setattr(scoring_module, "rmtree", lambda *_, **__: None)
+        killed.setattr(scoring_module, "_sweep", lambda *_: None)
+        killed.setattr("selectsampler.datacomp.filtering._remove", lambda _: None)
+        filter_pool(tmp_path / "pool", CLIP, out, **options)
+    parts = sorted(work.glob("*.safetensors"))
+    assert list(work.glob("scratch-*"))
+    (work / f".{parts[0].name}.0123.partial").write_bytes(b"cut")
+    filter_pool(tmp_path / "pool", CLIP, out, **options)
+    assert sorted(work.iterdir()) == parts if given else not work.exists()
+
+
 def test_a_shard_that_breaks_while_it_is_read_is_named_or_left_out(tmp_path):
     columns = write_pool(tmp_path / "pool", [100, 80, 120, 90])
     broken = made_columns(120, 16, np.random.default_rng(1))

@@ -3,9 +3,11 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from selectsampler import __version__
 from selectsampler.datacomp import SCORES
 from selectsampler.datacomp.baselines import basic_filter, image_based_filter, nearest_centroids, text_based_filter
 from selectsampler.datacomp.pool import Pool, Shard, ShardError, open_pool
-from selectsampler.datacomp.ranks import from_first, join
+from selectsampler.datacomp.ranks import first_on_its_machine, from_first, join
 from selectsampler.datacomp.scoring import Run, ShrunkPoolError, score_by_shard, score_s_clip_loss
 from selectsampler.datacomp.uids import UID, contains, read_uids, write_uids
 from selectsampler.distributed import process_rank
@@ -183,9 +185,13 @@ def filter_pool(
                     name, reason = next(iter(problem.broken.items()))
                     raise ShardError(name, f"{reason} (skip_broken goes on without it.)") from None
                 pool = pool.without(problem.broken)
-        if filtered is not None and output is not None:
-            write_uids(output, filtered.uids, duplicates=duplicates, provenance=filtered.provenance, keys=keys)
-        if work is None:
+
+        def write() -> None:
+            if filtered is not None and output is not None:
+                write_uids(output, filtered.uids, duplicates=duplicates, provenance=filtered.provenance, keys=keys)
+
+        from_first(write)  # no rank goes on before the uid file stands: until then its parts are what a crash leaves
+        if work is None and first_on_its_machine():
             _remove(place)
         return filtered
     finally:
@@ -404,7 +410,7 @@ def _clip_score(pool: Pool, stage: Stage, arch: str, device: torch.device) -> Sc
             raise ValueError(f"{name} holds NaN")
         return columns[name]
 
-    return _of_columns(pool, [name], values), []
+    return _of_columns(pool, [name], values), [name]
 
 
 def _basic(pool: Pool, stage: Stage, arch: str, device: torch.device) -> Scorer:
@@ -490,8 +496,10 @@ def _device(name: str) -> torch.device:
 
 
 def _remove(work: Path) -> None:
-    """Remove the parts, and their folder if nothing else lies there."""
-    for path in work.glob("*.safetensors"):
+    """Remove the parts, what a killed run left of them, and their folder if nothing else lies there."""
+    for path in [*work.glob("*.safetensors"), *work.glob(".*.partial")]:
         path.unlink(missing_ok=True)
-    if work.is_dir() and not any(work.iterdir()):
+    for folder in work.glob("scratch-*"):
+        rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # something else lies there, or another machine was faster
         work.rmdir()

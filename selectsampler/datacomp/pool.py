@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from selectsampler.datacomp.uids import parse_uids
-from selectsampler.store import replace_atomically
+from selectsampler.store import digest_json, replace_atomically
 
 __all__ = ["Member", "Pool", "Shard", "ShardError", "open_pool", "read_pool"]
 
@@ -53,16 +53,18 @@ class Member:
 
 @dataclass(frozen=True)
 class Shard:
-    """`NAME.parquet` and `NAME.npz` of a pool."""
+    """`NAME.parquet` and `NAME.npz` of a pool; `parquet` tells the content of the first from another's."""
 
     name: str
     rows: int
+    parquet: str
     members: Mapping[str, Member] = field(default_factory=dict)
 
     @property
     def identity(self) -> list[Any]:
-        """What tells this content from another's: the checksums that the npz itself holds."""
-        return [self.name, self.rows, *([m.name, m.dim, m.dtype, m.crc] for m in self.members.values())]
+        """What tells this content from another's: the parquet's, and the checksums that the npz itself holds."""
+        members = ([m.name, m.dim, m.dtype, m.crc] for m in self.members.values())
+        return [self.name, self.rows, self.parquet, *members]
 
 
 @dataclass(frozen=True)
@@ -252,11 +254,13 @@ def _open_shard(folder: str, name: str, members: Sequence[str], columns: Sequenc
     with fs.open(f"{root}/{name}.parquet", "rb") as file:
         metadata = _parquet().ParquetFile(file)
         rows, there = metadata.metadata.num_rows, set(metadata.schema_arrow.names)
+        footer = str(metadata.metadata.to_dict())
     lacking = [column for column in columns if column not in there]
     if lacking:
         raise ShardError(name, f"its parquet lacks the column {lacking[0]!r}; it has {', '.join(sorted(there))}.")
+    parquet = _digest_of_parquet(fs.info(f"{root}/{name}.parquet"), footer)
     if not members:
-        return Shard(name, rows)
+        return Shard(name, rows, parquet)
     path = f"{root}/{name}.npz"
     if not fs.exists(path):
         raise ShardError(name, "its npz is missing.")
@@ -265,7 +269,14 @@ def _open_shard(folder: str, name: str, members: Sequence[str], columns: Sequenc
     for member in found.values():
         if member.rows != rows:
             raise ShardError(name, f"{member.name} has {member.rows} rows, but the parquet has {rows}.")
-    return Shard(name, rows, found)
+    return Shard(name, rows, parquet, found)
+
+
+def _digest_of_parquet(info: Mapping[str, Any], footer: str) -> str:
+    """Its size, its tag or time, and its footer: a parquet holds no checksum, and is not read for one."""
+    names = ("ETag", "etag", "mtime", "LastModified", "created")  # as the file systems of fsspec call them
+    written = next((str(info[name]) for name in names if name in info), None)
+    return digest_json([info.get("size"), written, footer])[:16]
 
 
 def _open_member(file: BinaryIO, name: str, shard: str, *, local: bool) -> Member:

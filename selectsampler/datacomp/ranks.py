@@ -1,5 +1,6 @@
 """What the ranks of a pool run tell each other: small facts, and parts that rank 0 does not have."""
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from selectsampler.distributed import process_count, process_rank
 
-__all__ = ["collect", "everyone", "from_first", "join", "split_by_size"]
+__all__ = ["collect", "everyone", "first_on_its_machine", "from_first", "join", "split_by_size"]
 
 T = TypeVar("T")
 
@@ -31,6 +32,11 @@ def everyone(fact: T) -> list[T]:
     facts: list[Any] = [None] * process_count()
     _with_all_alive(lambda: dist.all_gather_object(facts, fact))
     return facts
+
+
+def first_on_its_machine() -> bool:
+    """Whether this rank tidies up for its machine: folders may be shared by all ranks, or by those of a machine."""
+    return process_count() == 1 or os.environ.get("LOCAL_RANK", str(process_rank())) == "0"
 
 
 def from_first(decide: Callable[[], T]) -> T:

@@ -4,7 +4,6 @@ A part is a file whose name says what made it, so that a run that died goes on, 
 computed on one thread each and in the same shapes wherever they are, so that any number of ranks gives equal bits.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -13,14 +12,13 @@ from pathlib import Path
 from shutil import rmtree
 from threading import Event
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from selectsampler.datacomp.pool import Pool, Shard, ShardError
-from selectsampler.datacomp.ranks import collect, everyone, split_by_size
+from selectsampler.datacomp.ranks import collect, everyone, first_on_its_machine, split_by_size
 from selectsampler.distributed import process_count, process_rank
 from selectsampler.precision import full_precision
 from selectsampler.progress import progress_bar
@@ -110,6 +108,9 @@ def score_s_clip_loss(
             groups.append(_Group(pool, run, (image, text), members, (seed, repeat, number), batch_size, temperature))
     rooms = [Room(group.parts(), group.prepare, group.close) for group in groups]
     compute_parts(rooms, run, description="s-CLIPLoss")
+    everyone(None)  # rank 0 has collected: nobody writes a part any more
+    if first_on_its_machine():
+        _sweep(run, [group.scratch_name for group in groups], [part.name for room in rooms for part in room.parts])
     details = {
         "batch_sizes": sorted({size for group in groups for size in group.sizes}),
         "group_shards": sorted({len(group.shards) for group in groups}),
@@ -123,6 +124,16 @@ def score_s_clip_loss(
             total[offsets[number] : offsets[number + 1]] += scores[first:last]
     total /= np.float32(repeats)
     return total, details
+
+
+def _sweep(run: Run, scratch_names: Sequence[str], parts: Sequence[str]) -> None:
+    """Remove what killed runs left of these groups and parts in a folder that other runs may use as well."""
+    scratches, names = set(scratch_names), set(parts)
+    for path in list(run.work.iterdir()) if run.work.is_dir() else []:
+        if path.name.rpartition("-")[0] in scratches:
+            rmtree(path, ignore_errors=True)
+        elif path.name.endswith(".partial") and path.name[1:].partition(".")[0] in names:
+            path.unlink(missing_ok=True)
 
 
 class _Group:
@@ -154,6 +165,7 @@ class _Group:
             identities,
             run.device.type,
         ]
+        self.scratch_name = f"scratch-{digest_json(self.key)[:16]}"
         self._order: np.ndarray | None = None
         self._scratch: Path | None = None
 
@@ -174,7 +186,8 @@ class _Group:
         shards = [self.pool.shards[number] for number in self.shards]
         packed = [(shard, m) for shard in shards for m in self.members if shard.members[m].offset is None]
         if packed:
-            self._scratch = self.run.scratch or self.run.work / f"scratch-{os.getpid()}-{uuid4().hex[:8]}"
+            # a rank's own, as it is removed at the end; and the same after a kill, so that nothing is left behind
+            self._scratch = self.run.scratch or self.run.work / f"{self.scratch_name}-{process_rank()}"
             with ThreadPoolExecutor(max(1, self.run.threads)) as executor:
                 list(executor.map(lambda one: self._inflate(*one), packed))
 
