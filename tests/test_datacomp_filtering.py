@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_pools import made_columns, write_pool, write_shard
+from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from selectsampler.datacomp import (
@@ -23,12 +24,13 @@ from selectsampler.datacomp import (
     filter_pool,
     format_uids,
     open_pool,
+    read_target,
     read_uids,
     verify_uids,
     write_uids,
 )
 from selectsampler.datacomp import scoring as scoring_module
-from selectsampler.datacomp.filtering import choose, read_target
+from selectsampler.datacomp.filtering import choose
 from selectsampler.datacomp.scoring import Run, group_shards, score_s_clip_loss
 from selectsampler.scores import norm_sim, s_clip_loss
 from selectsampler.scores.s_clip_loss import deal
@@ -345,6 +347,11 @@ def test_the_baselines_of_datacomp_keep_what_they_say(tmp_path):
         ({"score": "norm-sim", "keep": 0.2, "target": "t.npy", "p": 1}, "p is 1"),
         ({"score": "basic", "keep": 0.2}, "neither keep nor threshold"),
         ({"score": "image-based", "target": "t.npy"}, "needs centroids"),
+        ({"score": "clip-score", "keep": "1/0"}, "keep is '1/0'"),
+        ({"score": "clip-score", "threshold": np.nan}, "threshold is NaN"),
+        ({"score": "s-clip-loss", "keep": 0.2, "target": "t.npy"}, "s-clip-loss takes no target"),
+        ({"score": "s-clip-loss", "keep": 0.2, "centroids": "c.npy"}, "s-clip-loss takes no centroids"),
+        ({"score": "clip-score", "keep": 0.2, "p": 2}, "clip-score takes no p"),
     ],
 )
 def test_stages_that_make_no_sense_are_refused(arguments, message):
@@ -361,13 +368,102 @@ def test_stages_that_make_no_sense_are_refused(arguments, message):
         (CLIP, {"batch_size": 0}, "batch_size is 0"),
         (CLIP, {"temperature": 100}, "logit scale"),
         ([*CLIP, Stage("clip-score", keep=0.5)], {}, "the stages before left 30"),
-        ([Stage("norm-sim", keep=0.5, target="nowhere.npy")], {}, "no target nowhere.npy"),
+        ([*CLIP, Stage("norm-sim", keep=0.2, target="nowhere.npy")], {}, "no target nowhere.npy"),
+        (CLIP, {"duplicates": "some"}, "duplicates is 'some'"),
+        (CLIP, {"threads": 0}, "threads is 0"),
+        (CLIP, {"device": "cudaa"}, "device is 'cudaa'"),
+        (CLIP, {"device": "cuda:x"}, "device is 'cuda:x'"),
+        (CLIP, {"device": "cuda:99"}, "torch finds [0-9]+ CUDA devices"),
+        (CLIP, {"output": "s3://bucket/a.npy"}, "output is s3://bucket/a.npy, but it must be a local path"),
+        (CLIP, {"output": Path("s3://bucket/a.npy")}, "must be a local path"),
+        (CLIP, {"scratch": "memory://here"}, "scratch is memory://here"),
     ],
 )
-def test_requests_that_make_no_sense_are_refused(tmp_path, stages, options, message):
+def test_requests_that_make_no_sense_are_refused_before_anything_is_computed(tmp_path, stages, options, message):
     write_pool(tmp_path / "pool", [60, 40])
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        filter_pool(tmp_path / "pool", stages, **SMALL | options, work=tmp_path / "work")
+        filter_pool(tmp_path / "pool", stages, **{**SMALL, "work": tmp_path / "work"} | options)
+    assert not (tmp_path / "work").exists()
+
+
+def faulty(row: float) -> np.ndarray:
+    features = np.ones((5, 16), dtype=np.float32)
+    features[3] = row
+    return features
+
+
+@pytest.mark.parametrize(
+    ("score", "files", "message"),
+    [
+        ("norm-sim", {"target": faulty(np.nan)}, r"The target .*target.npy\[3\] holds NaN"),
+        ("norm-sim", {"target": faulty(0)}, r"target.npy\[3\] is zero"),
+        ("norm-sim", {"target": np.ones((5, 8), dtype=np.float32)}, "dimension 8, but l14_img has 16"),
+        ("norm-sim", {"target": np.ones((0, 16), dtype=np.float32)}, "is empty"),
+        ("image-based", {"target": faulty(np.nan), "centroids": faulty(1)}, r"target.npy\[3\] holds NaN"),
+        ("image-based", {"target": faulty(1), "centroids": np.ones((5, 8), dtype=np.float32)}, r"\(C, 16\)"),
+        ("image-based", {"target": faulty(1), "centroids": faulty(np.inf)}, "Centroid 3 of .* is not finite"),
+        ("text-based", {"target": "cat\npolar bear\n"}, "Line 2 of .* is 'polar bear'"),
+        ("text-based", {"target": "\n"}, "holds no word"),
+    ],
+)
+def test_faults_of_a_later_stages_files_are_told_first_and_not_blamed_on_shards(tmp_path, score, files, message):
+    write_pool(tmp_path / "pool", [60, 40])
+    paths = {}
+    for name, content in files.items():
+        paths[name] = str(tmp_path / f"{name}.{'txt' if isinstance(content, str) else 'npy'}")
+        Path(paths[name]).write_text(content) if isinstance(content, str) else np.save(paths[name], content)
+    stage = Stage(score, keep="0.2" if score == "norm-sim" else None, **paths)
+    with pytest.raises(ValueError, match=message):
+        filter_pool(tmp_path / "pool", [*CLIP, stage], **SMALL, work=tmp_path / "work", skip_broken=True)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_pool_of_broken_shards_only_is_told_as_that(tmp_path):
+    columns = made_columns(50, 16, np.random.default_rng(0))
+    columns["l14_img"][7] = 0
+    (tmp_path / "pool").mkdir()
+    write_shard(tmp_path / "pool", "s0", columns)
+    with pytest.raises(ValueError, match="No shard of .* can be used: .*row 7 of l14_img"):
+        filter_pool(tmp_path / "pool", CLIP, **SMALL, work=tmp_path / "work", skip_broken=True)
+
+
+def test_a_row_without_direction_or_similarity_is_named_as_the_shard_counts_it(tmp_path):
+    write_pool(tmp_path / "pool", [60])
+    columns = made_columns(50, 16, np.random.default_rng(0))
+    columns["l14_img"][17] = 0
+    columns["clip_l14_similarity_score"][17] = 1
+    write_shard(tmp_path / "pool", "s1", columns)
+    np.save(tmp_path / "target.npy", faulty(1))
+    stages = [Stage("clip-score", threshold=0.5), Stage("norm-sim", keep="0.01", target=str(tmp_path / "target.npy"))]
+    with pytest.raises(ShardError, match="Shard s1 .*row 17 of l14_img is zero"):
+        filter_pool(tmp_path / "pool", stages, **SMALL, work=tmp_path / "work")
+    columns["clip_l14_similarity_score"][23] = np.nan
+    write_shard(tmp_path / "pool", "s1", columns)
+    with pytest.raises(ShardError, match="Shard s1 .*row 23 of clip_l14_similarity_score"):
+        filter_pool(tmp_path / "pool", stages, **SMALL, work=tmp_path / "work")
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+def test_a_shard_without_rows_changes_nothing_in_any_stage(tmp_path, deflated):
+    columns = write_pool(tmp_path / "pool", [60, 40], deflated=deflated)
+    (tmp_path / "words.txt").write_text("photo\n")
+    np.save(tmp_path / "features.npy", columns["l14_img"][:9])
+    features = {"target": str(tmp_path / "features.npy")}
+    options = SMALL | {"within": tmp_path / "within.npy"}
+    write_uids(tmp_path / "within.npy", open_uids(columns["uid"][:90]))
+    stages = [
+        *[Stage("s-clip-loss", keep="0.8"), Stage("clip-score", keep="0.7"), Stage("basic")],
+        *[
+            Stage("text-based", target=str(tmp_path / "words.txt")),
+            Stage("image-based", **features, centroids=features["target"]),
+        ],
+        Stage("norm-sim", threshold=0.1, **features),
+    ]
+    without = filter_pool(tmp_path / "pool", stages, **options, work=tmp_path / "without")
+    write_shard(tmp_path / "pool", "s9", {name: column[:0] for name, column in columns.items()}, deflated)
+    with_it = filter_pool(tmp_path / "pool", stages, **options, work=tmp_path / "with")
+    assert len(without.uids) > 5
+    assert np.array_equal(without.uids, with_it.uids)
 
 
 def test_targets_are_read_from_files_and_folders(tmp_path):
@@ -376,6 +472,12 @@ def test_targets_are_read_from_files_and_folders(tmp_path):
     assert np.array_equal(read_target(tmp_path / "pool" / "s0.npz", "l14_txt"), columns["l14_txt"][:20])
     with pytest.raises(ValueError, match="not 'b32_img'"):
         read_target(tmp_path / "pool" / "s0.npz", "b32_img")
+    half = torch.from_numpy(columns["l14_img"]).bfloat16()
+    save_file({"image": half}, tmp_path / "half.safetensors")
+    assert np.array_equal(read_target(tmp_path / "half.safetensors", "l14_img"), half.float().numpy())
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "half.safetensors").read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"cut.safetensors cannot be read"):
+        read_target(tmp_path / "cut.safetensors", "l14_img")
     np.save(tmp_path / "flat.npy", np.zeros(4))
     with pytest.raises(ValueError, match=r"floats of shape \(T, D\)"):
         read_target(tmp_path / "flat.npy", "l14_img")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from made_pools import made_columns, write_pool, write_shard
 
-from selectsampler.datacomp import ShardError, format_uids, open_pool, parse_uids, read_pool
+from selectsampler.datacomp import ShardError, format_uids, open_pool, parse_uids, read_pool, verify_pool
 
 KEYS = ["uid", "text", "clip_l14_similarity_score", "l14_img", "l14_txt"]
 
@@ -65,6 +65,17 @@ def test_metadata_alone_needs_no_npz(tmp_path):
     write_pool(tmp_path, [50, 60])
     (tmp_path / "s1.npz").unlink()
     assert sum(len(shard["uid"]) for _, shard in read_pool(tmp_path, ["uid"])) == 110
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+def test_a_shard_without_rows_has_all_keys(tmp_path, deflated):
+    columns = write_pool(tmp_path, [20])
+    write_shard(tmp_path, "s1", {name: column[:0] for name, column in columns.items()}, deflated)
+    empty = dict(read_pool(tmp_path, KEYS))["s1"]
+    assert {key: values.shape for key, values in empty.items()} == {
+        key: (0, 16) if key.startswith("l14") else (0,) for key in KEYS
+    }
+    assert verify_pool(tmp_path)["problems"] == {}
 
 
 def break_npz(folder):

@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from selectsampler.datacomp.filtering import Filtered, Stage, filter_pool, read_target
+    from selectsampler.datacomp.filtering import Filtered, Stage, filter_pool
     from selectsampler.datacomp.pool import Pool, Shard, ShardError, open_pool, read_pool
+    from selectsampler.datacomp.targets import read_target
     from selectsampler.datacomp.uids import (
         UID,
         UidFilter,
@@ -50,8 +51,9 @@ SCORES = ("s-clip-loss", "norm-sim", "clip-score", "basic", "text-based", "image
 """What a stage can score by."""
 
 _HOMES = {
-    "filtering": ("Filtered", "Stage", "filter_pool", "read_target"),
+    "filtering": ("Filtered", "Stage", "filter_pool"),
     "pool": ("Pool", "Shard", "ShardError", "open_pool", "read_pool"),
+    "targets": ("read_target",),
     "uids": ("UID", "UidFilter", "contains", "format_uids", "merge_uids", "parse_uids", "read_uids", "write_uids"),
     "verify": ("verify_pool", "verify_uids"),
 }

@@ -20,20 +20,28 @@ from selectsampler.datacomp import SCORES
 from selectsampler.datacomp.baselines import basic_filter, image_based_filter, nearest_centroids, text_based_filter
 from selectsampler.datacomp.pool import Pool, Shard, ShardError, open_pool
 from selectsampler.datacomp.ranks import first_on_its_machine, from_first, join
-from selectsampler.datacomp.scoring import Run, ShrunkPoolError, score_by_shard, score_s_clip_loss
-from selectsampler.datacomp.uids import UID, contains, read_uids, write_uids
+from selectsampler.datacomp.scoring import (
+    Run,
+    ShrunkPoolError,
+    first_without_direction,
+    score_by_shard,
+    score_s_clip_loss,
+)
+from selectsampler.datacomp.targets import read_centroids, read_fitting_target, read_words
+from selectsampler.datacomp.uids import DUPLICATES, UID, check_local, contains, read_uids, write_uids
 from selectsampler.distributed import process_rank
 from selectsampler.scores.norm_sim import norm_sim, norm_sim_2, second_moment
 from selectsampler.scores.s_clip_loss import check_temperature
 from selectsampler.store import bytes_of, digest_json, digest_tensors
 
-__all__ = ["Filtered", "Stage", "choose", "filter_pool", "read_target"]
+__all__ = ["Filtered", "Stage", "choose", "filter_pool"]
 
 OPENAI_TEMPERATURE = (
     0.01  # 1 / exp(logit_scale) as stored in OpenAI's ViT-B/32 and ViT-L/14, which DataComp's features are of
 )
 
 MASKS = ("basic", "text-based", "image-based")
+TARGETED = ("norm-sim", "text-based", "image-based")
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,15 @@ class Stage:
             raise ValueError(f"{self.score} needs either keep, a fraction of the pool, or threshold, a lowest score.")
         if self.keep is not None and not 0 <= _fraction(self.keep) <= 1:
             raise ValueError(f"keep is {self.keep}, but it must be a fraction of the pool in [0, 1].")
-        if self.score in ("norm-sim", "text-based", "image-based") and self.target is None:
+        if self.threshold is not None and math.isnan(self.threshold):
+            raise ValueError("threshold is NaN, which no score reaches: give the lowest score to keep.")
+        if self.target is not None and self.score not in TARGETED:
+            raise ValueError(f"{self.score} takes no target: of {', '.join(TARGETED)} only.")
+        if self.centroids is not None and self.score != "image-based":
+            raise ValueError(f"{self.score} takes no centroids: of image-based only.")
+        if self.p != math.inf and self.score != "norm-sim":
+            raise ValueError(f"{self.score} takes no p: of norm-sim only.")
+        if self.score in TARGETED and self.target is None:
             raise ValueError(f"{self.score} needs a target: a file or folder of features, or of words for text-based.")
         if self.score == "image-based" and self.centroids is None:
             raise ValueError("image-based needs centroids: a .npy file of (C, D) cluster centres.")
@@ -153,13 +169,19 @@ def filter_pool(
         raise ValueError("There are no stages: name at least one score.")
     if group_size < 2:
         raise ValueError(f"group_size is {group_size}, but batches must not come from a single shard: give at least 2.")
-    for name, value in (("batch_size", batch_size), ("repeats", repeats)):
+    threads = torch.get_num_threads() if threads is None else threads
+    for name, value in (("batch_size", batch_size), ("repeats", repeats), ("threads", threads)):
         if value < 1:
             raise ValueError(f"{name} is {value}, but it must be at least 1.")
+    if duplicates not in DUPLICATES:
+        raise ValueError(f"duplicates is {duplicates!r}, but it must be one of {', '.join(DUPLICATES)}.")
+    for name, path in (("output", output), ("work", work), ("scratch", scratch)):
+        check_local(path, name=name)
     temperature = OPENAI_TEMPERATURE if temperature is None else temperature
     check_temperature(temperature)
     if output is not None and Path(output).suffix != ".npy":
         raise ValueError(f"{output}: a uid file is written as .npy.")
+    run_on = _device(device)
     own_group = join()
     try:
         members = sorted({name for stage in stages for name in _members(stage, arch)})
@@ -167,7 +189,7 @@ def filter_pool(
         pool = from_first(lambda: open_pool(folder, members=members, columns=columns, skip_broken=skip_broken))
         place = Path(work) if work is not None else Path(f"{output or 'pool'}.work")
         kept_members = None if scratch is None else Path(scratch)
-        run = Run(place, threads or torch.get_num_threads(), _device(device), progress, kept_members)
+        run = Run(place, threads, run_on, progress, kept_members)
         s_clip_loss = {
             "temperature": temperature,
             "batch_size": batch_size,
@@ -175,6 +197,8 @@ def filter_pool(
             "seed": seed,
             "group_size": group_size,
         }
+        _check_keeps(stages, pool.rows)
+        _check_inputs(pool, stages, arch)
         filtering = _Filtering(run, arch, s_clip_loss, within)
         while True:
             try:
@@ -286,11 +310,7 @@ def choose(scores: np.ndarray, count: int, candidates: np.ndarray) -> np.ndarray
         ValueError: if there are fewer candidates than that.
     """
     available = int(candidates.sum())
-    if count > available:
-        raise ValueError(
-            f"{count} samples are asked for, but the stages before left {available}. Fractions are of the whole "
-            "pool, so they must not grow from stage to stage."
-        )
+    _check_available(count, available)
     if count == 0:
         return np.zeros_like(candidates)
     among = scores[candidates]
@@ -302,65 +322,50 @@ def choose(scores: np.ndarray, count: int, candidates: np.ndarray) -> np.ndarray
     return kept
 
 
-def read_target(path: Path | str, member: str) -> np.ndarray:
-    """(T, D): image features of a target, from a file or from all files of a folder, in the order of their names.
-
-    Args:
-        path: `.npy` of (T, D); `.npz` with `member` or one array only; `.safetensors` of `Embeddings.save`, or with one
-            tensor only; or a folder of such files, as a DataComp pool is one.
-        member: the array to take of an `.npz` with several.
-
-    Raises:
-        FileNotFoundError: if there is nothing.
-        ValueError: if a file holds no (T, D) floats, or dimensions differ.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"There is no target {path}.")
-    files = (
-        [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".npy", ".npz", ".safetensors"))
-    )
-    if not files:
-        raise ValueError(f"The target {path} holds no .npy, .npz or .safetensors file.")
-    arrays = [_read_features(file, member) for file in files]
-    for file, array in zip(files, arrays, strict=True):
-        if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] != arrays[0].shape[1]:
-            raise ValueError(
-                f"{file} holds {array.dtype} of shape {array.shape}, but a target is floats of shape (T, D)."
-            )
-    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+def _check_available(count: int, available: int) -> None:
+    if count > available:
+        raise ValueError(
+            f"{count} samples are asked for, but the stages before left {available}. Fractions are of the whole "
+            "pool, so they must not grow from stage to stage."
+        )
 
 
-def _read_features(path: Path, member: str) -> np.ndarray:
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
+def _check_keeps(stages: Sequence[Stage], rows: int) -> None:
+    """Refuse now what `choose` would refuse after hours: more than an earlier stage leaves."""
+    available = rows
+    for stage in stages:
+        if stage.keep is not None:
+            count = int(_fraction(stage.keep) * rows)
+            _check_available(count, available)
+            available = count
 
-        with safe_open(path, framework="np") as file:
-            names = list(file.keys())
-            name = next((name for name in ("image", member) if name in names), names[0] if len(names) == 1 else None)
-            if name is None:
-                raise ValueError(f"{path} holds {', '.join(names)}, but neither 'image' nor {member!r}.")
-            return file.get_tensor(name)
-    if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False)
-    with np.load(path, allow_pickle=False) as archive:
-        names = archive.files
-        name = member if member in names else names[0] if len(names) == 1 else None
-        if name is None:
-            raise ValueError(f"{path} holds {', '.join(names)}, but not {member!r}.")
-        return archive[name]
+
+def _check_inputs(pool: Pool, stages: Sequence[Stage], arch: str) -> None:
+    """Read what the stages will read beside the pool, and let it go, so that its faults show before the first part."""
+    for stage in stages:
+        if stage.score == "text-based":
+            read_words(str(stage.target))
+        elif stage.target is not None:
+            _target_of(pool, stage, arch)
+        if stage.centroids is not None:
+            _centroids_of(pool, stage, arch)
+
+
+def _target_of(pool: Pool, stage: Stage, arch: str) -> Tensor:
+    member = f"{arch}_img"
+    return torch.from_numpy(read_fitting_target(str(stage.target), member, pool.shards[0].members[member].dim))
+
+
+def _centroids_of(pool: Pool, stage: Stage, arch: str) -> Tensor:
+    member = f"{arch}_img"
+    return torch.from_numpy(read_centroids(str(stage.centroids), member, pool.shards[0].members[member].dim))
 
 
 Scorer = tuple[Callable[[Shard, np.ndarray], np.ndarray], list[Any]]
 
 
 def _norm_sim(pool: Pool, stage: Stage, arch: str, device: torch.device) -> Scorer:
-    features = torch.from_numpy(read_target(str(stage.target), f"{arch}_img")).to(device)
-    dim = pool.shards[0].members[f"{arch}_img"].dim
-    if features.shape[1] != dim:
-        raise ValueError(
-            f"The target has dimension {features.shape[1]}, but {arch}_img has {dim}: was it another model?"
-        )
+    features = _target_of(pool, stage, arch).to(device)
     key = [str(stage.p), digest_tensors({"target": features})]
     moment = second_moment(features, name="target") if stage.p == 2 else None
 
@@ -371,8 +376,7 @@ def _norm_sim(pool: Pool, stage: Stage, arch: str, device: torch.device) -> Scor
 
 
 def _image_based(pool: Pool, stage: Stage, arch: str, device: torch.device) -> Scorer:
-    centroids = torch.from_numpy(np.load(str(stage.centroids), allow_pickle=False)).to(device)
-    features = torch.from_numpy(read_target(str(stage.target), f"{arch}_img")).to(device)
+    centroids, features = _centroids_of(pool, stage, arch).to(device), _target_of(pool, stage, arch).to(device)
     wanted = nearest_centroids(features, centroids).unique()
     key = [digest_tensors({"centroids": centroids, "wanted": wanted})]
     return _of_images(
@@ -395,7 +399,11 @@ def _of_images(
                 try:
                     scores.append(score(torch.from_numpy(images).to(device)).cpu().numpy())
                 except ValueError as error:
-                    raise ShardError(shard.name, f"{member} from row {first} on: {error}") from None
+                    place = first_without_direction(torch.from_numpy(images))
+                    if place is None:
+                        raise
+                    row = first + int(np.flatnonzero(mask[first : first + len(block)])[place])
+                    raise ShardError(shard.name, f"row {row} of {member} is zero or not finite.") from error
             first += len(block)
         return np.concatenate(scores)
 
@@ -404,13 +412,7 @@ def _of_images(
 
 def _clip_score(pool: Pool, stage: Stage, arch: str, device: torch.device) -> Scorer:
     name = f"clip_{arch}_similarity_score"
-
-    def values(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        if not np.isfinite(columns[name]).all():
-            raise ValueError(f"{name} holds NaN")
-        return columns[name]
-
-    return _of_columns(pool, [name], values), [name]
+    return _of_columns(pool, [name], lambda columns: columns[name]), [name]
 
 
 def _basic(pool: Pool, stage: Stage, arch: str, device: torch.device) -> Scorer:
@@ -419,7 +421,7 @@ def _basic(pool: Pool, stage: Stage, arch: str, device: torch.device) -> Scorer:
 
 
 def _text_based(pool: Pool, stage: Stage, arch: str, device: torch.device) -> Scorer:
-    words = sorted({line.strip() for line in Path(str(stage.target)).read_text(encoding="utf-8").splitlines()} - {""})
+    words = read_words(str(stage.target))
     return _of_columns(pool, ["text"], lambda columns: text_based_filter(columns["text"], words)), [words]  # type: ignore[arg-type]
 
 
@@ -428,9 +430,13 @@ def _of_columns(
 ) -> Callable[[Shard, np.ndarray], np.ndarray]:
     def compute(shard: Shard, mask: np.ndarray) -> np.ndarray:
         try:
-            return np.concatenate([values(block) for block in pool.columns(shard, names)]).astype(np.float32)[mask]
+            scores = np.concatenate([values(block) for block in pool.columns(shard, names)]).astype(np.float32)
         except (ValueError, AttributeError, TypeError) as error:
             raise error if isinstance(error, ShardError) else ShardError(shard.name, f"{error}") from None
+        if not np.isfinite(scores).all():
+            row = int((~np.isfinite(scores)).argmax())
+            raise ShardError(shard.name, f"row {row} of {names[0]} is empty or not finite.")
+        return scores[mask]
 
     return compute
 
@@ -477,7 +483,7 @@ def _described(stage: Stage) -> dict[str, Any]:
 def _fraction(keep: str | float | None) -> Fraction:
     try:
         return Fraction(str(keep))
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         raise ValueError(f"keep is {keep!r}, but it must be a fraction in [0, 1].") from None
 
 
@@ -488,11 +494,17 @@ def _digest(uids: np.ndarray) -> str:
 
 
 def _device(name: str) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device(name)
+        name = "cuda" if count else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise ValueError(f"device is {name!r}, but it must be 'auto', 'cpu' or 'cuda'.")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if int(number or 0) >= count:
+        raise ValueError(f"device is {name!r}, but torch finds {count} CUDA devices here. Pass device='cpu'.")
+    return torch.device("cuda", int(number or os.environ.get("LOCAL_RANK", "0")) % count)
 
 
 def _remove(work: Path) -> None:

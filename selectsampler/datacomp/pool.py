@@ -92,6 +92,8 @@ class Pool:
     def without(self, broken: Mapping[str, str]) -> "Pool":
         """The pool without some shards, which are listed instead."""
         shards = tuple(shard for shard in self.shards if shard.name not in broken)
+        if not shards:
+            raise ValueError(f"No shard of {self.folder} can be used: {dict(self.broken) | dict(broken)}")
         return Pool(self.folder, shards, {**self.broken, **broken})
 
     def columns(
@@ -103,7 +105,10 @@ class Pool:
         first = 0
         try:
             with fs.open(f"{root}/{shard.name}.parquet", "rb") as file:
-                for batch in parquet.ParquetFile(file).iter_batches(BLOCK * 4, columns=list(names)):
+                opened = parquet.ParquetFile(file)
+                # at least one block, so that a shard without rows has columns as well
+                empty = [] if shard.rows else [_empty_batch(opened.schema_arrow)]
+                for batch in empty or opened.iter_batches(BLOCK * 4, columns=list(names)):
                     size = batch.num_rows
                     if rows is not None:
                         batch = batch.filter(_as_arrow(rows[first : first + size]))
@@ -234,8 +239,9 @@ def read_pool(
 
 def _whole(pool: Pool, shard: Shard, name: str) -> np.ndarray:
     member = shard.members[name]
-    if member.offset is None:
-        return np.concatenate(list(pool.blocks(shard, name)))
+    if member.offset is None or not member.rows:
+        blocks = [np.empty((0, member.dim), dtype=member.dtype), *pool.blocks(shard, name)]
+        return np.concatenate(blocks)
     path = pool._local_npz(shard)
     return np.memmap(path, member.dtype, "r", offset=member.offset, shape=(member.rows, member.dim))
 
@@ -334,6 +340,12 @@ def _as_arrow(mask: np.ndarray) -> Any:
     import pyarrow
 
     return pyarrow.array(mask)
+
+
+def _empty_batch(schema: Any) -> Any:
+    import pyarrow
+
+    return pyarrow.record_batch([pyarrow.array([], type=field.type) for field in schema], schema=schema)
 
 
 def _parquet() -> Any:

@@ -25,7 +25,7 @@ from selectsampler.progress import progress_bar
 from selectsampler.scores.s_clip_loss import batch_sizes, s_clip_loss_of_batch, shuffled
 from selectsampler.store import FORMAT, digest_json, read_tensors, write_tensors
 
-__all__ = ["Run", "ShrunkPoolError", "group_shards", "score_by_shard", "score_s_clip_loss"]
+__all__ = ["Run", "ShrunkPoolError", "first_without_direction", "group_shards", "score_by_shard", "score_s_clip_loss"]
 
 PART_ROWS = 131_072  # at least a batch; what a kill costs a thread, at most
 
@@ -98,7 +98,7 @@ def score_s_clip_loss(
     by (seed, k, group). So a sample may meet any other of the pool, and a rank reads no shards but its groups'.
     """
     names = sorted([*(shard.name for shard in pool.shards), *pool.broken])
-    by_name = {shard.name: number for number, shard in enumerate(pool.shards)}
+    by_name = {shard.name: number for number, shard in enumerate(pool.shards) if shard.rows}
     groups: list[_Group] = []
     for repeat in range(repeats):
         dealt = group_shards(len(names), group_size, seed=(seed, repeat))
@@ -251,13 +251,19 @@ class _Group:
     def _blame(self, rows: np.ndarray, image: Tensor, text: Tensor) -> None:
         """Name the shard and the row of a feature that cannot be used."""
         for member, features in zip(self.members, (image, text), strict=True):
-            lengths = features.float().norm(dim=1).cpu()
-            bad = (~((lengths > 0) & lengths.isfinite())).nonzero()[:, 0]
-            if len(bad):
-                row = int(rows[int(bad[0])])
+            place_of_bad = first_without_direction(features)
+            if place_of_bad is not None:
+                row = int(rows[place_of_bad])
                 place = int(np.searchsorted(self.offsets, row, "right")) - 1
                 name = self.pool.shards[self.shards[place]].name
                 raise ShardError(name, f"row {row - int(self.offsets[place])} of {member} is zero or not finite.")
+
+
+def first_without_direction(features: Tensor) -> int | None:
+    """The first of (n, D) features that is zero or not finite, or None."""
+    lengths = features.float().norm(dim=1).cpu()
+    bad = (~((lengths > 0) & lengths.isfinite())).nonzero()[:, 0]
+    return int(bad[0]) if len(bad) else None
 
 
 def score_by_shard(

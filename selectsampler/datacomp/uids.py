@@ -1,6 +1,7 @@
 """Uid files: which samples of a pool to train on, as DataComp's tools read them."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ __all__ = [
     "sort_uids",
     "write_uids",
 ]
+
+DUPLICATES = ("keep", "drop", "refuse")
 
 UID = np.dtype("u8,u8")
 """A uid of 32 hex digits: its first 16 and its last 16 as numbers."""
@@ -99,6 +102,13 @@ def read_uids(path: Path | str, *, sort: bool = False) -> np.ndarray:
     return uids
 
 
+def check_local(path: Path | str | None, *, name: str) -> None:
+    """Refuse a URL where files are written: it would become a folder of that name."""
+    # a Path has already made one slash of two; a letter alone is a drive
+    if path is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise ValueError(f"{name} is {path}, but it must be a local path: copy the file there afterwards.")
+
+
 def first_unsorted(uids: np.ndarray) -> int | None:
     """The first entry that is lower than the one before it, or None."""
     high, low = uids["f0"], uids["f1"]
@@ -129,21 +139,20 @@ def write_uids(
         ValueError: if the uids have another dtype or shape, or repeat although that is refused.
     """
     path = Path(path)
+    check_local(path, name="path")
     if path.suffix != ".npy":
         raise ValueError(f"{path}: a uid file is written as .npy, or numpy would add it to the name.")
     if uids.dtype != UID or uids.ndim != 1:
         raise ValueError(
             f"uids are {uids.dtype} of shape {uids.shape}, but must be {UID} of shape (n,): see parse_uids."
         )
-    if duplicates not in ("keep", "drop", "refuse"):
-        raise ValueError(f"duplicates is {duplicates!r}, but it must be 'keep', 'drop' or 'refuse'.")
+    if duplicates not in DUPLICATES:
+        raise ValueError(f"duplicates is {duplicates!r}, but it must be one of {', '.join(DUPLICATES)}.")
     ordered = sort_uids(uids)
-    distinct, counts = _counted(ordered)
-    if duplicates == "refuse" and len(distinct) < len(ordered):
-        twice = format_uids(distinct[counts > 1][:1])[0]
-        raise ValueError(
-            f"The uid {twice} stands {int(counts[counts > 1][0])} times. Pass duplicates='keep' or 'drop'."
-        )
+    if duplicates == "refuse":
+        _refuse_repeats(ordered)
+    # a second array of all uids only where one is asked for
+    distinct = _counted(ordered)[0] if keys or duplicates == "drop" else ordered
     if duplicates == "drop":
         ordered = distinct
     if keys:
@@ -155,6 +164,16 @@ def write_uids(
             file.write((json.dumps(dict(provenance), indent=1, sort_keys=True) + "\n").encode())
     write_array(path, ordered)
     return ordered
+
+
+def _refuse_repeats(ordered: np.ndarray) -> None:
+    repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(repeated):
+        twice = ordered[repeated[0]]
+        times = int(contains(ordered, twice))
+        raise ValueError(
+            f"The uid {format_uids(ordered[repeated[:1]])[0]} stands {times} times. Pass duplicates='keep' or 'drop'."
+        )
 
 
 _MERGES = {"union": np.maximum, "intersection": np.minimum, "sum": np.add}
@@ -208,6 +227,14 @@ class UidFilter:
 
     def __call__(self, sample: Mapping[str, Any] | str) -> bool:
         return self.count(sample) > 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The path alone: a worker maps the file for itself, instead of being sent a copy."""
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.path = state["path"]
+        self._uids = np.load(self.path, mmap_mode="r")
 
     def count(self, sample: Mapping[str, Any] | str) -> int:
         """How often the sample stands in the file."""
