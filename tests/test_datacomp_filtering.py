@@ -423,7 +423,7 @@ def test_a_pool_of_broken_shards_only_is_told_as_that(tmp_path):
     columns["l14_img"][7] = 0
     (tmp_path / "pool").mkdir()
     write_shard(tmp_path / "pool", "s0", columns)
-    with pytest.raises(ValueError, match="No shard of .* can be used: .*row 7 of l14_img"):
+    with pytest.raises(ValueError, match=r"No shard of .* can be used: .*row 7 of l14_img"):
         filter_pool(tmp_path / "pool", CLIP, **SMALL, work=tmp_path / "work", skip_broken=True)
 
 
@@ -435,11 +435,11 @@ def test_a_row_without_direction_or_similarity_is_named_as_the_shard_counts_it(t
     write_shard(tmp_path / "pool", "s1", columns)
     np.save(tmp_path / "target.npy", faulty(1))
     stages = [Stage("clip-score", threshold=0.5), Stage("norm-sim", keep="0.01", target=str(tmp_path / "target.npy"))]
-    with pytest.raises(ShardError, match="Shard s1 .*row 17 of l14_img is zero"):
+    with pytest.raises(ShardError, match=r"Shard s1 .*row 17 of l14_img is zero"):
         filter_pool(tmp_path / "pool", stages, **SMALL, work=tmp_path / "work")
     columns["clip_l14_similarity_score"][23] = np.nan
     write_shard(tmp_path / "pool", "s1", columns)
-    with pytest.raises(ShardError, match="Shard s1 .*row 23 of clip_l14_similarity_score"):
+    with pytest.raises(ShardError, match=r"Shard s1 .*row 23 of clip_l14_similarity_score"):
         filter_pool(tmp_path / "pool", stages, **SMALL, work=tmp_path / "work")
 
 

@@ -1,6 +1,7 @@
 """Uid files: whatever is written, DataComp's reader finds every sample in it as often as it stands there."""
 
 import json
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -124,3 +125,18 @@ def test_a_loader_passes_what_stands_in_the_file(tmp_path):
     assert allowed({"__key__": "000012", "json": {"uid": FEW[3]}})
     assert allowed({"__key__": f"{FEW[3]}-0"})
     assert allowed.count(FEW[3]) == 2
+
+
+def test_a_filter_is_sent_to_workers_as_a_path_and_not_as_a_copy(tmp_path):
+    write_uids(tmp_path / "a.npy", parse_uids([f"{number:032x}" for number in range(5000)]))
+    sent = pickle.dumps(UidFilter(tmp_path / "a.npy"))
+    assert len(sent) < 1000
+    assert pickle.loads(sent)(f"{4999:032x}")
+    assert not pickle.loads(sent)(f"{5000:032x}")
+
+
+def test_a_url_is_refused_where_a_file_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="must be a local path"):
+        write_uids("s3://bucket/a.npy", parse_uids(FEW))
+    assert list(tmp_path.iterdir()) == []
