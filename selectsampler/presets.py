@@ -19,12 +19,9 @@ paper: Preset = {
 
 default: Preset = {
     "adapt": {"method": "none"},
-    "score": {"columns": ("semantic_alignment", "trust", "trusted_diversity")},
-    "select": {
-        "score_weights": {"trust": 1.0, "trusted_diversity": 0.02},
-        "balance": "trusted",
-        "method": "exact",
-    },
+    "score": {"columns": ("semantic_alignment", "trust", "trusted_diversity", "intactness")},
+    "select": {"balance": "auto", "method": "exact"},
 }
-"""Ours: the labels that are likeliest right, of these what adds to its class, and quotas by what a class can be trusted
-for. Trust has cross-fitted heads of its own, so that no adapters are trained."""
+"""Ours: the labels that are likeliest right on images that are likeliest intact, of these what adds to its class, and
+quotas by what a class can be trusted for; weights are `select`'s own. Trust has cross-fitted heads, so that no adapters
+are trained."""

@@ -62,12 +62,24 @@ class LossTracker:
 
         Args:
             indices: (B,), int64, of the data set.
-            losses: (B,), floating point, not reduced (`reduction="none"`), finite. A sample counts as learned while its
-                loss
-                is below log 2: then its class has more than half the probability. Falling back is a forgetting event.
+            losses: (B,), floating point, not reduced (`reduction="none"`). A sample counts as learned while its loss is
+                below log 2: then its class has more than half the probability. Falling back is a forgetting event.
+                Losses that are not finite, as of a step that overflows in half precision, are not noted.
+
+        Raises:
+            ValueError: if lengths differ, or an index lies outside the data set.
         """
-        indices, losses = indices.detach().cpu(), losses.detach().float().cpu()
-        check_vector(losses, name="losses", samples=len(indices))
+        indices, losses = torch.as_tensor(indices).detach().cpu(), losses.detach().float().cpu()
+        if losses.shape != indices.shape or losses.ndim != 1:
+            raise ValueError(
+                f"Losses have shape {tuple(losses.shape)}, indices {tuple(indices.shape)}: one loss a sample is "
+                'needed, reduction="none".'
+            )
+        outside = (indices < 0) | (indices >= len(self.mean))
+        if outside.any():
+            raise ValueError(f"Index {int(indices[outside][0])} is not of this data set of {len(self.mean)} samples.")
+        finite = losses.isfinite()
+        indices, losses = indices[finite], losses[finite]
         if process_count() == 1:
             self._apply(indices, losses)
         else:
@@ -116,6 +128,10 @@ class Reselect:
     >>> reselect = Reselect(sampler, select_fn, every=5)             # doctest: +SKIP
     >>> for epoch in range(first_epoch, epochs):                     # doctest: +SKIP
     ...     reselect.on_epoch_start(epoch)
+
+    Other ranks wait while rank 0 selects, as long as the process group lets them: for a `select_fn` of many minutes,
+    one that embeds say, give `init_process_group` a long `timeout`. With `epoch_size` a renewed selection is walked
+    from where the old one stood: that no sample repeats before all were seen holds from its next whole pass on.
 
     Args:
         sampler: whose selection is renewed.
@@ -190,7 +206,16 @@ class Reselect:
     def _select(self, select_fn: SelectFn, epoch: int) -> Selection:
         """Rank 0's selection, on every rank."""
         state = TrainingState(self.sampler.selection, self.losses)
-        return from_rank_zero(lambda: select_fn(epoch, state), what=f"the selection of epoch {epoch}")
+
+        def make() -> Selection:
+            made = select_fn(epoch, state)
+            if not isinstance(made, Selection):
+                raise ValueError(
+                    f"select_fn returned a {type(made).__name__}: return a Selection(indices, population)."
+                )
+            return made
+
+        return from_rank_zero(make, what=f"the selection of epoch {epoch}")
 
 
 def trusted_and_hard(trust: Tensor, count: int, *, classes: int, seed: int = 0) -> SelectFn:

@@ -20,7 +20,7 @@ from selectsampler.validation import as_indices, check_features, check_vector, r
 __all__ = ["DEFAULT_WEIGHTS", "PAPER_WEIGHTS", "Selection", "select"]
 
 PAPER_WEIGHTS = {"semantic_alignment": 1.0, "sample_diversity": 0.1}
-DEFAULT_WEIGHTS = {"trust": 1.0, "trusted_diversity": 0.02}
+DEFAULT_WEIGHTS = {"trust": 1.0, "intactness": 1.0, "trusted_diversity": 0.02}  # of these, those that were scored
 SURE = 0.9  # at least this probable is the label of a sample that counts as surely right
 
 
@@ -203,9 +203,10 @@ def select(
     tensor([1, 3])
 
     The objective is the sum of the samples' utilities: for `Scores` their weighted sum (`Scores.utility`), for a tensor
-    its own entries. With `DEFAULT_WEIGHTS` it is the expected number of right labels, and what a sample adds to its
-    class decides where labels are about equally safe; with `PAPER_WEIGHTS` it is the selection optimization of arXiv
-    2410.11215. `method="group"` adds how well the subset covers the trusted samples of each class.
+    its own entries. With `DEFAULT_WEIGHTS` it is the expected number of right labels and of intact images, and what a
+    sample adds to its class decides where these are about equally safe; with `PAPER_WEIGHTS` it is the selection
+    optimization of arXiv 2410.11215. `method="group"` adds how well the subset covers the trusted samples of each
+    class.
 
     Args:
         scores: `Scores`, or one float tensor (N,) of your own, finite, higher is better.

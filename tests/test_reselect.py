@@ -242,3 +242,31 @@ def test_two_processes_hold_one_selection_and_all_losses(tmp_path):
     for texts in (first_messages, messages):
         assert "not today" in texts[0]
         assert "disagree" in texts[1]
+
+
+@pytest.mark.parametrize("made", [[1, 2], None, torch.arange(2)])
+def test_a_select_fn_that_returns_no_selection_is_named(made):
+    reselect = Reselect(SelectSampler(Selection([1, 2], population=9)), lambda epoch, state: made)
+    with pytest.raises(ValueError, match=f"select_fn returned a {type(made).__name__}: return a Selection"):
+        reselect.on_epoch_start(0)
+
+
+def test_a_loss_that_overflowed_is_not_noted():
+    losses = LossTracker(4)
+    losses.update(torch.tensor([0, 1, 2]), torch.tensor([1.0, torch.inf, torch.nan]))
+    assert losses.seen.tolist() == [1, 0, 0, 0]
+    assert losses.mean[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("indices", "losses", "message"),
+    [
+        (torch.tensor([0, 4]), torch.ones(2), "Index 4 is not of this data set of 4 samples"),
+        (torch.tensor([-1, 2]), torch.ones(2), "Index -1 is not of"),
+        (torch.tensor([0, 1]), torch.tensor(0.7), "one loss a sample is needed"),
+        ([0, 1], torch.ones(3), r"Losses have shape \(3,\), indices \(2,\)"),
+    ],
+)
+def test_losses_that_are_of_no_sample_are_refused(indices, losses, message):
+    with pytest.raises(ValueError, match=message):
+        LossTracker(4).update(indices, losses)

@@ -16,7 +16,7 @@ import yaml
 from helpers import image_folder
 from safetensors.torch import save_file
 
-from selectsampler import Selection, cli
+from selectsampler import Selection, cli, presets
 from selectsampler.embeddings import clip as clip_module
 
 SCRIPT = Path(__file__).with_name("timm_train_script.py")
@@ -184,6 +184,13 @@ def test_arguments_reach_the_selection(train, tmp_path):
     assert selection.provenance["prompts"] == ["A photo of a grey"], "of the first class"
     assert [sum(key.startswith(f"class_0{label}") for key in selection.keys()) for label in range(3)] == [2, 2, 2]  # noqa: SIM118
     assert list((tmp_path / "cache").iterdir())
+
+
+def test_by_default_it_selects_as_from_dataset_does(train, tmp_path):
+    train("--epochs", 1, select=("--select-keep", "0.5", "--select-clip", "tiny"))
+    details = selected_in(tmp_path / "out" / "run").provenance["selection"]
+    wanted = presets.default["select"]
+    assert {name: details[name] for name in wanted} == wanted
 
 
 def test_the_papers_preset_takes_the_papers_optimizer(train, tmp_path):

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from selectsampler.recipes import noise
 from sklearn.metrics import roc_auc_score
 from torch.testing import assert_close
 
-from selectsampler import Embeddings, Scores, SelectSampler, presets, score, select
+from selectsampler import Embeddings, Scores, SelectSampler, embed, presets, score, select
 from selectsampler.scores import label_trust
 from selectsampler.scores import trust as module
 
@@ -237,6 +238,19 @@ def test_shares_that_do_not_fit_are_named(arguments, message):
     scores = scores_with_trust([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [0] * 6)
     with pytest.raises(ValueError, match=message):
         select(scores, count=4, **arguments)
+
+
+def test_damaged_images_are_left_out_by_default(images_of, tiny_clip):
+    smooth = [image.resize((6, 6)).resize((48, 48), Image.Resampling.BICUBIC) for image in images_of(240)]
+    random = np.random.default_rng(0)
+    damaged = random.permutation(240)[:48]
+    for row in damaged:
+        pixels = np.asarray(smooth[row]).astype(float) + random.normal(scale=60, size=(48, 48, 3))
+        smooth[row] = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    embeddings = embed([(image, 0) for image in smooth], tiny_clip, class_names=["cat", "dog"], progress=False)
+    scores = score(embeddings, **presets.default["score"])
+    kept = select(scores, keep=0.5, **presets.default["select"]).indices
+    assert len(set(kept.tolist()) & set(damaged.tolist())) <= 2
 
 
 @pytest.mark.parametrize("method", ["exact", "group"])

@@ -34,6 +34,9 @@ __all__ = ["FILE_NAME", "Launcher", "Request"]
 FILE_NAME = "selection.safetensors"
 
 
+_BALANCES = {"trusted": "trusted", "given": "given", "none": None}
+
+
 @dataclass(frozen=True)
 class Request:
     """What the `--select-*` arguments ask for.
@@ -44,7 +47,7 @@ class Request:
         selection_file: a selection that was saved before, instead of making one.
         class_names: a file of a name a line, in the order of the labels; by default the data set's own.
         preset: `default` or `paper`.
-        balance: None or `given`, as in `selectsampler.select`.
+        balance: `auto`, the preset's; `trusted`, `given` or `none`, as in `selectsampler.select`.
         seed: of the adaptation, the selection and the order of each epoch.
         epoch_size: as in `SelectSampler`.
 
@@ -59,7 +62,7 @@ class Request:
     class_names: Path | None = None
     cache_dir: Path | None = None
     preset: str = "default"
-    balance: str | None = None
+    balance: str = "auto"
     unreadable: str = "raise"
     seed: int = 0
     epoch_size: int | None = None
@@ -77,7 +80,7 @@ class Request:
                 "Nothing says which CLIP model judges the samples: give --select-clip ARCH/TAG, local-dir:PATH or "
                 "hf-hub:ORG/NAME, or a selection that was made before, --select-from FILE."
             )
-        if self.preset == "paper" and self.balance is not None:
+        if self.preset == "paper" and self.balance not in ("auto", "none"):
             raise ValueError(
                 "--select-preset paper uses the straight-through optimizer, which knows no quotas: leave "
                 "--select-balance out, or use --select-preset default."
@@ -242,13 +245,14 @@ class Launcher:
         request = self.request
         assert request.clip is not None
         preset = getattr(presets, request.preset)
+        balance = {} if request.balance == "auto" else {"balance": _BALANCES[request.balance]}
         sampler = SelectSampler.from_dataset(
             dataset,
             request.keep,
             count=request.count,
             clip=request.clip,
             class_names=_class_names(dataset, request.class_names),
-            preset={**preset, "select": {**preset["select"], "balance": request.balance}},
+            preset={**preset, "select": {**preset["select"], **balance}},
             embed={
                 "device": call["device"],
                 "num_workers": call["num_workers"],

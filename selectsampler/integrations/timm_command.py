@@ -65,7 +65,12 @@ def add_timm_train_parser(verbs: Any) -> None:
         "--select-cache-dir", type=Path, metavar="FOLDER", help="keep embeddings here; several processes need it"
     )
     verb.add_argument("--select-preset", choices=("default", "paper"), default="default", help="(%(default)s)")
-    verb.add_argument("--select-balance", choices=("given",), help="give each class its share, as labelled")
+    verb.add_argument(
+        "--select-balance",
+        choices=("auto", "trusted", "given", "none"),
+        default="auto",
+        help="share of each class: by its sum of trust, as labelled, or any (%(default)s: the preset's own)",
+    )
     verb.add_argument(
         "--select-unreadable", choices=("raise", "drop"), default="raise", help="images that cannot be decoded"
     )

@@ -33,7 +33,12 @@ class ReselectCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Where the Trainer resumes, install what its checkpoint holds."""
         if state.global_step:
-            path = self._path(args, state)
+            path = self._path(args.output_dir, state)
+            if not path.is_file():
+                path = Path(args.resume_from_checkpoint or path.parent, "reselect.pt")
+            if not path.is_file():
+                why = "Name a checkpoint outside output_dir in TrainingArguments(resume_from_checkpoint=...)."
+                raise FileNotFoundError(f"The checkpoint's selection, {path}, is not there. {why}")
             saved = from_rank_zero(lambda: torch.load(path, weights_only=True), what=f"the selection of {path}")
             self.reselect.load_state_dict(saved)
 
@@ -42,12 +47,12 @@ class ReselectCallback(TrainerCallback):
         if self.reselect.losses is not None:
             self.reselect.losses.synchronize()
         if state.is_world_process_zero:
-            torch.save(self.reselect.state_dict(), self._path(args, state))
+            torch.save(self.reselect.state_dict(), self._path(args.output_dir, state))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the epoch, which a resumed Trainer would not pass on to the sampler, and select if it is due."""
         self.reselect.on_epoch_start(int(state.epoch or 0))
 
     @staticmethod
-    def _path(args: Any, state: Any) -> Path:
-        return Path(args.output_dir, f"checkpoint-{state.global_step}", "reselect.pt")
+    def _path(folder: str, state: Any) -> Path:
+        return Path(folder, f"checkpoint-{state.global_step}", "reselect.pt")

@@ -14,6 +14,7 @@ from selectsampler.embeddings.features import Embeddings
 from selectsampler.export import write_table
 from selectsampler.progress import progress_bar
 from selectsampler.scores.alignment import semantic_alignment
+from selectsampler.scores.damage import FEWEST, intactness
 from selectsampler.scores.diversity import default_neighbours, sample_diversity
 from selectsampler.scores.duplicates import near_duplicates
 from selectsampler.scores.trust import Trust, label_trust
@@ -22,8 +23,8 @@ from selectsampler.validation import check_mask, check_vector
 
 __all__ = ["SCORES", "Scores", "score"]
 
-SCORES = ("semantic_alignment", "sample_diversity", "trust", "trusted_diversity")
-ON_SCALE = ("trust", "trusted_diversity")  # probabilities, or multiples of a mean: they are added up as they are
+SCORES = ("semantic_alignment", "sample_diversity", "trust", "trusted_diversity", "intactness")
+ON_SCALE = ("trust", "trusted_diversity", "intactness")  # probabilities, or multiples of a mean: added up as they are
 TRUSTED = 0.5  # at least this probable is the label of a sample that counts as trusted
 
 
@@ -42,8 +43,8 @@ class Scores:
         eligible: (N,), bool; False rows (unreadable images) are never selected and take no part in scaling. None: all.
         keys: N file names, or None.
         scaling: `min_max`: (s - min) / (max - min); `rank`: the share of samples that score lower, ties in the middle.
-            Both map the eligible samples to [0, 1]; a column without any spread maps to 0. `trust` and
-            `trusted_diversity` have a scale of their own and are not scaled.
+            Both map the eligible samples to [0, 1]; a column without any spread maps to 0. `trust`,
+            `trusted_diversity` and `intactness` have a scale of their own and are not scaled.
         provenance: as JSON values.
 
     Raises:
@@ -99,7 +100,7 @@ class Scores:
 
         With weights 1 for semantic alignment and 0.1 for sample diversity this is what the optimizer of arXiv
         2410.11215 maximises over the selected samples. Means are those of the eligible samples. Scores with a scale of
-        their own, `trust` and `trusted_diversity`, are weighted as they are.
+        their own (`trust`, `trusted_diversity`, `intactness`) are weighted as they are.
         """
         utility = torch.zeros(len(self), dtype=torch.float64, device=self[next(iter(self.columns))].device)
         for name, weight in weights.items():
@@ -179,7 +180,8 @@ def score(
         columns: which scores. `semantic_alignment` and `sample_diversity` are those of arXiv 2410.11215. `trust`, in
             [0, 1], is the probability that the label is right (`label_trust`); where there is one class it is left out.
             `trusted_diversity` is trust times the distance to the nearest trusted samples of the class, over the mean
-            of that distance; 0 for near-duplicates of a more trusted sample.
+            of that distance; 0 for near-duplicates of a more trusted sample. `intactness`, in [0, 1], is the
+            probability that the image is not damaged; left out where `embed` made too few damaged twins to learn from.
         k: neighbours of both diversities; by default `default_neighbours(labels)`, the paper's numbers.
         scaling: how columns are brought to [0, 1] when they are added up: `min_max` (the paper's) or `rank`.
         seed: of the trust's folds and batches.
@@ -210,6 +212,8 @@ def score(
         provenance["trust"] = _described(trust, source.class_names)
         made["trust"] = trust.probability
         made["trusted_diversity"] = _trusted_diversity(source, trust.probability, k, progress=progress)
+    if "intactness" in columns:
+        made |= _intactness(source, seed)
     return Scores(
         columns={name: made[name] for name in columns if name in made},
         labels=source.labels,
@@ -244,6 +248,20 @@ def _diversity(features: Tensor, source: Embeddings, k: int, *, among: Tensor | 
     return diversity
 
 
+def _intactness(source: Embeddings, seed: int) -> dict[str, Tensor]:
+    """The column, or none where there are too few damaged twins to learn from."""
+    if source.image_statistics is None or source.twins is None or source.twin_statistics is None:
+        return {}
+    originals = source.twins[:, 0]
+    if len(originals if source.readable is None else originals[source.readable[originals]]) < FEWEST:
+        return {}
+    return {
+        "intactness": intactness(
+            source.image_statistics, source.twins, source.twin_statistics, eligible=source.readable, seed=seed
+        )
+    }
+
+
 def _trust(source: Embeddings, seed: int, *, progress: bool) -> Trust:
     """Trust of the readable images; 0 for the others."""
     readable = torch.arange(len(source)) if source.readable is None else source.readable.nonzero()[:, 0]
@@ -268,9 +286,7 @@ def _trusted_diversity(source: Embeddings, trust: Tensor, k: int, *, progress: b
     readable = torch.ones_like(trusted) if source.readable is None else source.readable
     diversity = torch.zeros(len(source), device=trust.device)
     directions = normalize(source.image[readable].float(), dim=1)
-    seen = replace(
-        source, image=directions, labels=source.labels[readable], readable=None, keys=None, image_statistics=None
-    )
+    seen = Embeddings(directions, source.text, source.labels[readable], source.class_names)
     diversity[readable] = _diversity(directions, seen, k, among=trusted[readable], progress=progress)
     repeated = near_duplicates(directions, seen.labels, trust[readable])
     mean = diversity[trusted].mean() if trusted.any() else diversity.new_tensor(0.0)
