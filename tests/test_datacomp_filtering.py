@@ -108,6 +108,16 @@ def test_no_group_is_a_single_shard(shards, size, repeat):
     assert max(map(len, groups)) - min(map(len, groups)) <= 1
 
 
+@pytest.mark.parametrize("rows", [[130, 90, 61, 70], [64, 1, 64, 200], [300, 20, 350, 33]])
+def test_batches_of_groups_differ_by_less_than_their_rounding(tmp_path, rows):
+    write_pool(tmp_path / "pool", rows)
+    _, details = scores_of(tmp_path / "pool", tmp_path, group_size=2, repeats=3)
+    dealt = [group for repeat in range(3) for group in group_shards(4, 2, seed=(0, repeat))]
+    fewest = min(-(-sum(rows[shard] for shard in group) // 64) for group in dealt)
+    assert max(details["batch_sizes"]) <= 64
+    assert min(details["batch_sizes"]) >= int(64 - 64 / fewest)
+
+
 def test_groups_are_drawn_anew_each_repetition():
     assert group_shards(20, 4, seed=(0, 0)) != group_shards(20, 4, seed=(0, 1))
 
@@ -453,10 +463,8 @@ def test_a_shard_without_rows_changes_nothing_in_any_stage(tmp_path, deflated):
     write_uids(tmp_path / "within.npy", open_uids(columns["uid"][:90]))
     stages = [
         *[Stage("s-clip-loss", keep="0.8"), Stage("clip-score", keep="0.7"), Stage("basic")],
-        *[
-            Stage("text-based", target=str(tmp_path / "words.txt")),
-            Stage("image-based", **features, centroids=features["target"]),
-        ],
+        Stage("text-based", target=str(tmp_path / "words.txt")),
+        Stage("image-based", **features, centroids=features["target"]),
         Stage("norm-sim", threshold=0.1, **features),
     ]
     without = filter_pool(tmp_path / "pool", stages, **options, work=tmp_path / "without")

@@ -139,7 +139,8 @@ def filter_pool(
         output: the uid file, `.npy`; beside it come `.json`, its provenance, and `.keys.txt`. None: nothing is written.
         arch: `l14` or `b32`: which embeddings and which similarity column.
         temperature: of the model whose embeddings these are; by default 0.01, which OpenAI's models store.
-        batch_size: B of s-CLIPLoss.
+        batch_size: B of s-CLIPLoss, at most; one size up to one sample within a group, larger than B - B / n where a
+            group has n batches. The provenance lists the sizes.
         repeats: K of s-CLIPLoss.
         seed: of the batches of s-CLIPLoss.
         group_size: how many shards, at least, are dealt into batches together; drawn anew each repetition. It does not

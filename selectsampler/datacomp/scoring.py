@@ -96,6 +96,9 @@ def score_s_clip_loss(
 
     In repetition k the shards are dealt into groups, seeded by (seed, k), and the rows of a group into batches, seeded
     by (seed, k, group). So a sample may meet any other of the pool, and a rank reads no shards but its groups'.
+
+    Batches differ by at most one sample within a group. A group of n batches has them larger than B - B / n, so that
+    between groups they differ by less than B / n of the group with fewest. `batch_sizes` in the details lists them.
     """
     names = sorted([*(shard.name for shard in pool.shards), *pool.broken])
     by_name = {shard.name: number for number, shard in enumerate(pool.shards) if shard.rows}
