@@ -366,9 +366,8 @@ def _eligible(table: Scores, budget: int) -> Tensor:
 
 
 def _default_weights(table: Scores) -> Mapping[str, float]:
-    if "trust" not in table.columns:
-        return PAPER_WEIGHTS
-    return {name: weight for name, weight in DEFAULT_WEIGHTS.items() if name in table.columns}
+    weights = DEFAULT_WEIGHTS if "trust" in table.columns else PAPER_WEIGHTS | {"intactness": 1.0}
+    return {name: weight for name, weight in weights.items() if name in table.columns} or PAPER_WEIGHTS
 
 
 def _hard_but_trusted(table: Scores, indices: Tensor) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from selectsampler.recipes import noise
 from sklearn.metrics import roc_auc_score
 from torch.testing import assert_close
@@ -240,17 +239,26 @@ def test_shares_that_do_not_fit_are_named(arguments, message):
         select(scores, count=4, **arguments)
 
 
-def test_damaged_images_are_left_out_by_default(images_of, tiny_clip):
-    smooth = [image.resize((6, 6)).resize((48, 48), Image.Resampling.BICUBIC) for image in images_of(240)]
-    random = np.random.default_rng(0)
-    damaged = random.permutation(240)[:48]
-    for row in damaged:
-        pixels = np.asarray(smooth[row]).astype(float) + random.normal(scale=60, size=(48, 48, 3))
-        smooth[row] = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    embeddings = embed([(image, 0) for image in smooth], tiny_clip, class_names=["cat", "dog"], progress=False)
-    scores = score(embeddings, **presets.default["score"])
-    kept = select(scores, keep=0.5, **presets.default["select"]).indices
-    assert len(set(kept.tolist()) & set(damaged.tolist())) <= 2
+def test_what_is_probably_damaged_is_left_out_as_what_is_probably_mislabelled_is():
+    scores = scores_with_trust([0.9, 0.9, 0.2, 0.9], [0] * 4)
+    intact = Scores({**scores.columns, "intactness": torch.tensor([0.99, 0.1, 0.99, 0.9])}, labels=scores.labels)
+    assert select(intact, count=2).indices.tolist() == [0, 3]
+
+
+def test_the_default_preset_takes_a_data_set_of_one_class(images_of, tiny_clip):
+    dataset = [(image, 0) for image in images_of(8)]
+    sampler = SelectSampler.from_dataset(dataset, keep=0.5, clip=tiny_clip, class_names=["cat"], progress=False)
+    assert len(sampler) == 4
+    assert sampler.selection.provenance["selection"]["score_weights"] == {"semantic_alignment": 1.0}
+
+
+def test_images_that_embed_learned_to_judge_get_an_intactness(images_of, tiny_clip):
+    dataset = [(image, number % 2) for number, image in enumerate(images_of(200))]
+    embeddings = embed(dataset, tiny_clip, class_names=["cat", "dog"], progress=False)
+    columns = presets.default["score"]["columns"]
+    assert tuple(score(embeddings, **presets.default["score"]).columns) == columns
+    few = score(embeddings_of(*made_images()), **presets.default["score"])
+    assert tuple(few.columns) == columns[:-1], "features of one's own come without"
 
 
 @pytest.mark.parametrize("method", ["exact", "group"])
