@@ -253,11 +253,11 @@ def test_the_default_preset_takes_a_data_set_of_one_class(images_of, tiny_clip):
 
 
 def test_images_that_embed_learned_to_judge_get_an_intactness(images_of, tiny_clip):
-    dataset = [(image, number % 2) for number, image in enumerate(images_of(200))]
+    dataset = [(image, number % 2) for number, image in enumerate(images_of(240))]
     embeddings = embed(dataset, tiny_clip, class_names=["cat", "dog"], progress=False)
     columns = presets.default["score"]["columns"]
-    assert tuple(score(embeddings, **presets.default["score"]).columns) == columns
-    few = score(embeddings_of(*made_images()), **presets.default["score"])
+    assert tuple(score(embeddings, columns=columns).columns) == columns
+    few = score(embeddings_of(*made_images()), columns=columns)
     assert tuple(few.columns) == columns[:-1], "features of one's own come without"
 
 
