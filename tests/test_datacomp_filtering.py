@@ -245,7 +245,8 @@ def test_a_changed_parquet_alone_is_scored_anew(tmp_path, same_size):
     stages, work = [Stage("clip-score", keep="0.3")], {"work": tmp_path / "work"}
     filter_pool(tmp_path / "pool", stages, **SMALL, **work)
     shown = columns["clip_l14_similarity_score"]
-    shown[[3, 4]] = shown[[4, 3]]  # the extremes of the column are those of before
+    better, worse = np.argsort(-shown)[[30, 130]]  # kept and not, and no extremes that a footer tells
+    shown[[better, worse]] = shown[[worse, better]]
     write_shard(tmp_path / "pool", "s0", columns if same_size else columns | {"more": np.arange(200)})
     changed = filter_pool(tmp_path / "pool", stages, **SMALL, **work)
     assert set(format_uids(changed.uids)) == set(columns["uid"][np.argsort(-shown)[:60]])
@@ -486,6 +487,9 @@ def test_targets_are_read_from_files_and_folders(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "half.safetensors").read_bytes()[:50])
     with pytest.raises(ValueError, match=r"cut.safetensors cannot be read"):
         read_target(tmp_path / "cut.safetensors", "l14_img")
+    (tmp_path / "junk.npy").write_bytes(b"junk" * 100)
+    with pytest.raises(ValueError, match=r"junk.npy cannot be read"):
+        read_target(tmp_path / "junk.npy", "l14_img")
     np.save(tmp_path / "flat.npy", np.zeros(4))
     with pytest.raises(ValueError, match=r"floats of shape \(T, D\)"):
         read_target(tmp_path / "flat.npy", "l14_img")

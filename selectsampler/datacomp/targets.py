@@ -109,7 +109,10 @@ def _read_tensors(path: Path, member: str) -> np.ndarray:
 
 
 def _read_arrays(path: Path, member: str) -> np.ndarray:
-    content = np.load(path, allow_pickle=False)
+    try:
+        content = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as an array ({error}).") from None
     if isinstance(content, np.ndarray):
         return content
     with content as archive:
