@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from common import interval, pool
 from selectsampler.recipes import cifar, noise
-from selectsampler.recipes.data import ZippedImageFolder
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -95,7 +94,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
     arguments = parser.parse_args()
     images, _ = cifar.load(arguments.data, first_per_class=2500)
-    dataset = ZippedImageFolder(arguments.data, "cifar10/train", accept=lambda name: int(Path(name).stem) < 2500)
+    dataset = pool(arguments.data)
     embeddings = ss.embed(dataset, arguments.clip, class_names=dataset.classes, cache_dir=arguments.cache_dir)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"updates": UPDATES, "rows": []}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -174,14 +173,6 @@ def table(results: dict[str, Any]) -> str:
                     f"{wrong:.2f} | {distance:.3f} |"
                 )
     return "\n".join(lines) + "\n"
-
-
-def interval(values: list[float]) -> str:
-    """Mean and 95 % interval."""
-    if len(values) < 2:
-        return f"{np.mean(values):.2f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.2f} ± {half:.2f}"
 
 
 if __name__ == "__main__":

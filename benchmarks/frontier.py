@@ -16,15 +16,13 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from common import interval, linear_head, pool
 from selectsampler.recipes import noise
-from selectsampler.recipes.data import ZippedImageFolder
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -48,7 +46,7 @@ def main() -> None:
     parser.add_argument("--cache-dir", type=Path)
     parser.add_argument("--seeds", type=int, default=5, help="(%(default)s)")
     arguments = parser.parse_args()
-    dataset = ZippedImageFolder(arguments.data, "cifar10/train", accept=lambda name: int(Path(name).stem) < 2500)
+    dataset = pool(arguments.data)
     embeddings = ss.embed(dataset, arguments.clip, class_names=dataset.classes, cache_dir=arguments.cache_dir)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
     results |= {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
@@ -108,26 +106,13 @@ def utilities(embeddings: ss.Embeddings, labels: Tensor, trust: Any, seed: int) 
         "the paper": ss.Scores(columns).utility({"semantic_alignment": 1.0, "sample_diversity": 0.1}),
         "zero-shot": zero_shot.gather(1, labels[:, None])[:, 0],
     }
-    clean = clean_head(directions, embeddings.labels, seed) * trust.transition.T[labels]
+    clean = linear_head(directions, embeddings.labels, seed, strength=1.0) * trust.transition.T[labels]
     oracle = clean.gather(1, labels[:, None])[:, 0] / clean.sum(dim=1)
     for name, probability in (("trust", trust.probability), ("oracle", oracle)):
         diversity = sample_diversity(directions, labels, 49, among=probability >= 0.5)
         relative = probability * diversity / diversity[probability >= 0.5].mean()
         result |= {f"{name} {weight}": probability + weight * relative for weight in WEIGHTS}
     return result
-
-
-def clean_head(directions: Tensor, truth: Tensor, seed: int, folds: int = 5) -> Tensor:
-    """(N, C): posteriors of linear heads cross-fitted on the true labels: what no method can know."""
-    from sklearn.linear_model import LogisticRegression
-
-    inputs = ((directions - directions.mean(dim=0)) / directions.std(dim=0)).numpy()
-    fold = np.random.default_rng([seed, 8]).permutation(len(truth)) % folds
-    posterior = np.empty((len(truth), int(truth.max()) + 1))
-    for number in range(folds):
-        model = LogisticRegression(C=1.0, max_iter=60).fit(inputs[fold != number], truth.numpy()[fold != number])
-        posterior[fold == number] = model.predict_proba(inputs[fold == number])
-    return torch.from_numpy(posterior).float()
 
 
 class Judge:
@@ -165,14 +150,6 @@ def at(points: dict[str, Point], curve: str, diversity: float, figure: str) -> f
     """A curve's figure where its diversity is this one; its end where it does not reach it."""
     along = sorted((points[f"{curve} {w}"]["diversity"], points[f"{curve} {w}"][figure]) for w in WEIGHTS)
     return float(np.interp(diversity, *zip(*along, strict=True)))
-
-
-def interval(values: Sequence[float]) -> str:
-    """Mean and 95 % interval by Student's t."""
-    if len(values) < 2:
-        return f"{np.mean(values):.2f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.2f} ± {half:.2f}"
 
 
 def table(results: dict[str, Any]) -> str:

@@ -18,11 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import interval, linear_head, pool
 from PIL import ImageOps
-from scipy import stats
 from selectsampler.recipes import noise
-from selectsampler.recipes.data import ZippedImageFolder
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -48,9 +46,7 @@ def main() -> None:
     done = {(row["images"], row["noise"], row["seed"]) for row in results["rows"]}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for images, change in DOMAINS.items():
-        dataset = ZippedImageFolder(
-            arguments.data, "cifar10/train", accept=lambda name: int(Path(name).stem) < 2500, change=change
-        )
+        dataset = pool(arguments.data, change=change)
         embeddings = ss.embed(dataset, arguments.clip, class_names=dataset.classes, cache_dir=arguments.cache_dir)
         for seed in range(arguments.seeds):
             for spec in NOISES:
@@ -79,7 +75,7 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> dict[str, Any]:
     zero_shot = (directions @ normalize(embeddings.text.float(), dim=1).T / embeddings.temperature).softmax(dim=1)
     scores = {
         "zero-shot": zero_shot.gather(1, labels[:, None])[:, 0],
-        "linear head": linear_head(directions, labels, seed),
+        "linear head": linear_head(directions, labels, seed, strength=0.01).gather(1, labels[:, None])[:, 0],
         "trust": trust.probability,
     }
     auroc = None if right.all() else {name: roc_auc_score(right, score) for name, score in scores.items()}
@@ -90,17 +86,6 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> dict[str, Any]:
         "true": float((~right).float().mean()),
         "seconds": seconds,
     }
-
-
-def linear_head(directions: Tensor, labels: Tensor, seed: int, folds: int = 5) -> Tensor:
-    """(N,): the probability of each label by a logistic regression that was trained on other samples."""
-    inputs = ((directions - directions.mean(dim=0)) / directions.std(dim=0)).numpy()
-    fold = np.random.default_rng([seed, 8]).permutation(len(labels)) % folds
-    posterior = np.empty((len(labels), int(labels.max()) + 1))
-    for number in range(folds):
-        model = LogisticRegression(C=0.01, max_iter=60).fit(inputs[fold != number], labels.numpy()[fold != number])
-        posterior[fold == number] = model.predict_proba(inputs[fold == number])
-    return torch.from_numpy(posterior).gather(1, labels[:, None])[:, 0]
 
 
 def calibration_error(probability: Tensor, right: Tensor, bins: int = 15) -> float:
@@ -133,14 +118,6 @@ def table(results: dict[str, Any]) -> str:
             cells.append(interval([row["estimated"] for row in rows], 3))
             lines.append(f"| {images} | {spec} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def interval(values: list[float], digits: int) -> str:
-    """Mean and 95 % interval."""
-    if len(values) < 2:
-        return f"{np.mean(values):.{digits}f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 if __name__ == "__main__":
