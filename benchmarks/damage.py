@@ -3,10 +3,13 @@
     python benchmarks/damage.py --data cifar10.zip --clip local-dir:cifar-clip --out results.json
 
 A fifth of the images is damaged, at severity 3: by the five kinds of arXiv 2410.11215 (`paper`), or by four kinds of
-another sort (`other`). Half of all images are kept, those of the highest intactness. The detector learns from twins
-that `embed` makes in ways of its own and knows neither set of kinds: they were implemented apart, and `other` was not
-looked at while the detector was built. Only files 0000 to 2499 of each class of CIFAR-10's training set are used: the
-CLIP that the committed results were made with was pretrained on the others.
+another sort (`other`). Half of all images are kept, those of the highest intactness; equal values by chance. The
+detector learns from twins that `embed` makes in ways of its own, implemented apart from both sets. How the detector is
+trained was chosen among some twenty variants by how much of `paper` stays, in smaller pools and in seeds 0 and 2 of
+this one, so that its figures are somewhat too good; `other` chose nothing (its figures were seen for two weights of the
+ordinary loss, `ANCHOR`: 0.1, which was dropped because of fog in seed 1, and the one committed). Labels are all right
+here, so that trust alone finds little or nothing. Only files 0000 to 2499 of each class of CIFAR-10's training set are
+used: the CLIP that the committed results were made with was pretrained on the others.
 """
 
 import argparse
@@ -99,7 +102,8 @@ def figures(
         found["auroc"] = float(roc_auc_score(whole, intact.numpy()))
     for title, value in (("stays", intact), ("stays_with_trust", intact * trust), ("stays_by_trust_alone", trust)):
         kept = np.zeros(len(value), dtype=bool)
-        kept[value.argsort(descending=True, stable=True)[: int(KEEP * len(value))].numpy()] = True
+        shuffled = np.random.default_rng(0).permutation(len(value))  # equal values are kept by chance, not by place
+        kept[shuffled[np.argsort(-value.numpy()[shuffled], kind="stable")[: int(KEEP * len(value))]]] = True
         found[title] = {kind: 100 * float(kept[damage == kind].mean()) for kind in names}
     return found
 
