@@ -222,7 +222,9 @@ def selection(options: argparse.Namespace) -> Result:
             },
             options.repeats,
         )
-    rows[f"straight-through, its {steps:,} steps (50 timed)"] = whole = scaled(rows["straight-through, 50 steps"], steps / 50)
+    rows[f"straight-through, its {steps:,} steps (50 timed)"] = whole = scaled(
+        rows["straight-through, 50 steps"], steps / 50
+    )
     seconds = rows["selectsampler"]["median_seconds"]
     criteria = [
         wanted("seconds", seconds, 0.06),
