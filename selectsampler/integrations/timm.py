@@ -243,7 +243,8 @@ class Launcher:
 
     def _make(self, dataset: Images, call: dict[str, Any]) -> Selection:
         request = self.request
-        assert request.clip is not None
+        if request.clip is None:
+            raise ValueError("There is no selection to take, and no CLIP model to make one: give --select-clip.")
         preset = getattr(presets, request.preset)
         balance = {} if request.balance == "auto" else {"balance": _BALANCES[request.balance]}
         sampler = SelectSampler.from_dataset(
