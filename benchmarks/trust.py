@@ -101,7 +101,7 @@ def table(results: dict[str, Any]) -> str:
     seconds = np.median([row["seconds"] for row in results["rows"]])
     lines = [
         f"25,000 images, {seeds} seeds, mean ± 95 % interval. Trust takes {seconds:.0f} s (median, torch "
-        f"{torch.__version__.split('+')[0]}, a busy machine).",
+        f"{torch.__version__.split('+')[0]}).",
         "",
         "| images | labels | AUROC zero-shot | linear head | trust | calibration error | noise: true | estimated |",
         "|---|---|---|---|---|---|---|---|",
