@@ -39,12 +39,12 @@ def test_verify_compares_similarities_with_embeddings(pool, capsys):
     assert main(["datacomp", "verify", str(pool)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["rows"] == 1010
-    assert report["shards"]["s1"]["largest_difference"] < 1e-3
+    assert report["archs"]["l14"]["s1"]["largest_difference"] < 1e-3
     other = write_pool(pool.parent / "other", [300, 200], seed=1)
     os.replace(pool.parent / "other" / "s1.npz", pool / "s1.npz")
     assert len(other["uid"]) == 500
     assert main(["datacomp", "verify", str(pool)]) == 1
-    assert "s1: clip_l14_similarity_score differs" in capsys.readouterr().err
+    assert "s1 (l14): clip_l14_similarity_score differs" in capsys.readouterr().err
 
 
 def test_merge_joins_files(pool, capsys):

@@ -269,7 +269,7 @@ def test_what_a_killed_run_left_is_gone_in_the_end(tmp_path, monkeypatch, given)
     options = SMALL | {"work": work if given else None}
     with monkeypatch.context() as killed:
         killed.setattr(scoring_module, "rmtree", lambda *_, **__: None)
-        killed.setattr(scoring_module, "_sweep", lambda *_: None)
+        killed.setattr(scoring_module, "sweep", lambda *_: None)
         killed.setattr("selectsampler.datacomp.filtering._remove", lambda _: None)
         filter_pool(tmp_path / "pool", CLIP, out, **options)
     parts = sorted(work.glob("*.safetensors"))

@@ -9,19 +9,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from selectsampler.datacomp.filtering import Filtered, Stage, filter_pool
+    from selectsampler.datacomp.filtering import Filtered, filter_pool
     from selectsampler.datacomp.pool import Pool, Shard, ShardError, open_pool, read_pool
+    from selectsampler.datacomp.stages import Stage
     from selectsampler.datacomp.targets import read_target
-    from selectsampler.datacomp.uids import (
-        UID,
-        UidFilter,
-        contains,
-        format_uids,
-        merge_uids,
-        parse_uids,
-        read_uids,
-        write_uids,
-    )
+    from selectsampler.datacomp.uid_files import merge_uid_files, merge_uids, write_uids
+    from selectsampler.datacomp.uids import UID, UidFilter, contains, format_uids, parse_uids, read_uids
     from selectsampler.datacomp.verify import verify_pool, verify_uids
 
 __all__ = [
@@ -36,6 +29,7 @@ __all__ = [
     "contains",
     "filter_pool",
     "format_uids",
+    "merge_uid_files",
     "merge_uids",
     "open_pool",
     "parse_uids",
@@ -47,14 +41,16 @@ __all__ = [
     "write_uids",
 ]
 
-SCORES = ("s-clip-loss", "norm-sim", "clip-score", "basic", "text-based", "image-based")
+SCORES = ("s-clip-loss", "norm-sim", "norm-sim-dynamic", "clip-score", "basic", "text-based", "image-based")
 """What a stage can score by."""
 
 _HOMES = {
-    "filtering": ("Filtered", "Stage", "filter_pool"),
+    "filtering": ("Filtered", "filter_pool"),
     "pool": ("Pool", "Shard", "ShardError", "open_pool", "read_pool"),
+    "stages": ("Stage",),
     "targets": ("read_target",),
-    "uids": ("UID", "UidFilter", "contains", "format_uids", "merge_uids", "parse_uids", "read_uids", "write_uids"),
+    "uid_files": ("merge_uid_files", "merge_uids", "write_uids"),
+    "uids": ("UID", "UidFilter", "contains", "format_uids", "parse_uids", "read_uids"),
     "verify": ("verify_pool", "verify_uids"),
 }
 

@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from selectsampler.datacomp import SCORES
@@ -39,7 +38,7 @@ def add_datacomp_parser(verbs: Any) -> None:
 def _add_filter(tasks: Any) -> None:
     task = tasks.add_parser("filter", help="from the files of a pool to a uid file")
     task.add_argument("pool", help="folder of NAME.parquet and NAME.npz, local or any fsspec URL")
-    task.add_argument("--out", type=Path, required=True, metavar="FILE.npy", help="beside it: .json and .keys.txt")
+    task.add_argument("--out", required=True, metavar="FILE.npy", help="beside it: .json and .keys.txt")
     stages = task.add_argument_group(
         "stages", "--score begins the first, --then the next; the others belong to the stage before them"
     )
@@ -51,8 +50,11 @@ def _add_filter(tasks: Any) -> None:
         "--target", action=_OptionAction, metavar="PATH", help="features (.npy, .npz, .safetensors, a folder) or words"
     )
     stages.add_argument("--p", action=_OptionAction, type=float, help="of norm-sim: 2 or inf (inf)")
+    stages.add_argument(
+        "--rounds", action=_OptionAction, type=int, help="of norm-sim-dynamic: steps in which the pool shrinks (500)"
+    )
     stages.add_argument("--centroids", action=_OptionAction, metavar="FILE.npy", help="of image-based")
-    task.add_argument("--within", type=Path, metavar="FILE.npy", help="keep only what stands in this uid file as well")
+    task.add_argument("--within", metavar="FILE.npy", help="keep only what stands in this uid file as well")
     task.add_argument("--arch", choices=("l14", "b32"), default="l14", help="which embeddings (%(default)s)")
     task.add_argument("--temperature", type=float, help="of the model (0.01, as OpenAI's models store; DFN's is 0.07)")
     task.add_argument("--batch-size", type=int, default=32768, help="of s-clip-loss (%(default)s)")
@@ -64,8 +66,8 @@ def _add_filter(tasks: Any) -> None:
     task.add_argument("--duplicates", choices=("keep", "drop", "refuse"), default="keep", help="(%(default)s)")
     task.add_argument("--no-keys", action="store_true", help="write no allow-list .keys.txt")
     task.add_argument("--skip-broken", action="store_true", help="go on without broken shards, and list them")
-    task.add_argument("--work", type=Path, metavar="FOLDER", help="keep finished parts here (a folder beside --out)")
-    task.add_argument("--scratch", type=Path, metavar="FOLDER", help="keep what is decompressed, over all repetitions")
+    task.add_argument("--work", metavar="FOLDER", help="keep finished parts here (a folder beside --out)")
+    task.add_argument("--scratch", metavar="FOLDER", help="keep what is decompressed, over all repetitions")
     task.add_argument("--threads", type=int, help="parts computed side by side in each process (as many as torch uses)")
     task.add_argument("--device", default="auto", help="(%(default)s: CUDA, then the CPU)")
     task.set_defaults(run=_filter)
@@ -73,9 +75,10 @@ def _add_filter(tasks: Any) -> None:
 
 def _add_merge(tasks: Any) -> None:
     task = tasks.add_parser("merge", help="uid files of any source into one")
-    task.add_argument("files", type=Path, nargs="+")
+    task.add_argument("files", nargs="+", help="sorted or not, local or any fsspec URL")
     task.add_argument("--how", choices=("union", "intersection", "sum"), default="union", help="(%(default)s)")
-    task.add_argument("--out", type=Path, required=True, metavar="FILE.npy")
+    task.add_argument("--out", required=True, metavar="FILE.npy", help="beside it: .json and .keys.txt")
+    task.add_argument("--no-keys", action="store_true", help="write no allow-list .keys.txt")
     task.set_defaults(run=_merge)
 
 
@@ -84,7 +87,7 @@ def _add_verify(tasks: Any) -> None:
         "verify", help="a pool's similarities from its embeddings, or a uid file's order and duplicates"
     )
     task.add_argument("path", help="a pool, or a uid file (.npy)")
-    task.add_argument("--arch", choices=("l14", "b32"), default="l14", help="(%(default)s)")
+    task.add_argument("--arch", choices=("l14", "b32"), help="(all that the npz hold)")
     task.add_argument("--tolerance", type=float, default=2e-3, help="of a cosine (%(default)s)")
     task.set_defaults(run=_verify)
 
@@ -149,13 +152,10 @@ def _filter(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from selectsampler.datacomp import merge_uids, write_uids
+    from selectsampler.datacomp import merge_uid_files
 
-    uids = merge_uids(arguments.files, how=arguments.how)
-    write_uids(
-        arguments.out, uids, provenance={"merge": arguments.how, "files": [str(path) for path in arguments.files]}
-    )
-    print(f"{len(uids)} uids: {arguments.out}", file=sys.stderr)
+    merged = merge_uid_files(arguments.files, arguments.out, arguments.how, keys=not arguments.no_keys)
+    print(f"{merged} uids: {arguments.out}", file=sys.stderr)
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -13,10 +13,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from selectsampler.datacomp.files import file_system, is_local
 from selectsampler.datacomp.uids import parse_uids
 from selectsampler.store import digest_json, replace_atomically
 
-__all__ = ["Member", "Pool", "Shard", "ShardError", "open_pool", "read_pool"]
+__all__ = ["Member", "Pool", "Shard", "ShardError", "archs_of", "open_pool", "read_pool"]
 
 MEMBERS = ("b32_img", "b32_txt", "l14_img", "l14_txt")
 BLOCK = 16_384  # rows that are read at once where a member is walked through
@@ -101,7 +102,7 @@ class Pool:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Some columns of a shard's parquet, block by block, of all rows or of the mask `rows`; uids as numbers."""
         parquet = _parquet()
-        fs, root = _file_system(self.folder)
+        fs, root = file_system(self.folder)
         first = 0
         try:
             with fs.open(f"{root}/{shard.name}.parquet", "rb") as file:
@@ -157,11 +158,11 @@ class Pool:
                 file.write(block.data)
 
     def _open_npz(self, shard: Shard) -> BinaryIO:
-        fs, root = _file_system(self.folder)
+        fs, root = file_system(self.folder)
         return fs.open(f"{root}/{shard.name}.npz", "rb")
 
     def _local_npz(self, shard: Shard) -> str:
-        return f"{_file_system(self.folder)[1]}/{shard.name}.npz"
+        return f"{file_system(self.folder)[1]}/{shard.name}.npz"
 
 
 def open_pool(
@@ -185,7 +186,7 @@ def open_pool(
         ShardError: naming the first shard that cannot be used, and why.
         ValueError: if the folder holds no shard.
     """
-    fs, root = _file_system(str(folder))
+    fs, root = file_system(str(folder))
     names = sorted(Path(path).stem for path in fs.ls(root, detail=False) if path.endswith(".parquet"))
     if not names:
         raise ValueError(f"{folder} holds no .parquet file. A pool is a flat folder of NAME.parquet and NAME.npz.")
@@ -202,6 +203,27 @@ def open_pool(
     if len(dims) > len(members):
         raise ValueError(f"The shards of {folder} differ in dimension: {sorted(dims)}. Were two pools mixed?")
     return Pool(str(folder), shards, broken)
+
+
+def archs_of(folder: Path | str) -> list[str]:
+    """Of which models some npz of a pool holds embeddings of images and texts: `b32`, `l14` or both.
+
+    Raises:
+        ValueError: if there are none, or the folder holds no npz that can be read.
+    """
+    fs, root = file_system(str(folder))
+    held: set[str] = set()
+    for path in sorted(path for path in fs.ls(root, detail=False) if path.endswith(".npz")):
+        try:
+            with fs.open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+                held |= {name.removesuffix(".npy") for name in archive.namelist()}
+        except (OSError, zipfile.BadZipFile):
+            continue  # named when the pool is opened
+    archs = [arch for arch in ("b32", "l14") if {f"{arch}_img", f"{arch}_txt"} <= held]
+    if not archs:
+        found = ", ".join(sorted(held)) or "nothing"
+        raise ValueError(f"The npz of {folder} hold {found}, but embeddings are b32_img and b32_txt, or l14's.")
+    return archs
 
 
 def read_pool(
@@ -256,7 +278,7 @@ def _try_open(folder: str, name: str, members: Sequence[str], columns: Sequence[
 
 
 def _open_shard(folder: str, name: str, members: Sequence[str], columns: Sequence[str]) -> Shard:
-    fs, root = _file_system(folder)
+    fs, root = file_system(folder)
     with fs.open(f"{root}/{name}.parquet", "rb") as file:
         metadata = _parquet().ParquetFile(file)
         rows, there = metadata.metadata.num_rows, set(metadata.schema_arrow.names)
@@ -271,7 +293,7 @@ def _open_shard(folder: str, name: str, members: Sequence[str], columns: Sequenc
     if not fs.exists(path):
         raise ShardError(name, "its npz is missing.")
     with fs.open(path, "rb") as file:
-        found = {member: _open_member(file, member, name, local=_is_local(fs)) for member in members}
+        found = {member: _open_member(file, member, name, local=is_local(fs)) for member in members}
     for member in found.values():
         if member.rows != rows:
             raise ShardError(name, f"{member.name} has {member.rows} rows, but the parquet has {rows}.")
@@ -319,21 +341,6 @@ def _read_exactly(stream: Any, size: int) -> bytes:
     if len(content) < size:
         raise EOFError(f"{size - len(content)} bytes are missing")
     return content
-
-
-def _file_system(folder: str) -> tuple[Any, str]:
-    try:
-        import fsspec
-    except ImportError:
-        raise ImportError("Pools need fsspec and pyarrow: pip install 'selectsampler[datacomp]'.") from None
-    fs, root = fsspec.core.url_to_fs(folder)
-    return fs, root.rstrip("/")
-
-
-def _is_local(fs: Any) -> bool:
-    from fsspec.implementations.local import LocalFileSystem
-
-    return isinstance(fs, LocalFileSystem)
 
 
 def _as_arrow(mask: np.ndarray) -> Any:

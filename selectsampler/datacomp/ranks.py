@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selectsampler.distributed import process_count, process_rank
 
-__all__ = ["collect", "everyone", "first_on_its_machine", "from_first", "join", "split_by_size"]
+__all__ = ["collect", "everyone", "first_on_its_machine", "from_first", "join", "split_by_size", "total"]
 
 T = TypeVar("T")
 
@@ -53,6 +53,13 @@ def from_first(decide: Callable[[], T]) -> T:
     if facts[1] is not None:
         raise facts[1]
     return facts[0]
+
+
+def total(numbers: Tensor) -> Tensor:
+    """The sum over ranks of an integer tensor, in place: exact, so that the order does not matter."""
+    if process_count() > 1:
+        _with_all_alive(lambda: dist.all_reduce(numbers))
+    return numbers
 
 
 def collect(

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from selectsampler.datacomp.pool import Pool, Shard, ShardError, open_pool
-from selectsampler.datacomp.uids import UID, first_unsorted, sort_uids
+from selectsampler.datacomp.pool import Pool, Shard, ShardError, archs_of, open_pool
+from selectsampler.datacomp.uid_files import count_uids
+from selectsampler.datacomp.uids import first_unsorted, map_uids
 from selectsampler.progress import progress_bar
 from selectsampler.scores.s_clip_loss import inverse_lengths
 
@@ -16,42 +17,39 @@ __all__ = ["verify_pool", "verify_uids"]
 
 
 def verify_pool(
-    folder: Path | str, *, arch: str = "l14", tolerance: float = 2e-3, threads: int = 2, progress: bool = True
+    folder: Path | str,
+    *,
+    arch: str | None = None,
+    tolerance: float = 2e-3,
+    threads: int = 2,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Recompute every cosine of a pool from its npz and compare it with the parquet's similarity column.
 
-    >>> verify_pool("metadata", arch="b32")["problems"]    # doctest: +SKIP
+    >>> verify_pool("metadata")["problems"]    # doctest: +SKIP
     {}
 
     Args:
         folder: local or any fsspec URL.
-        arch: `l14` or `b32`.
+        arch: `l14` or `b32`; by default each that some npz of the pool holds.
         tolerance: how far they may be apart. Storing embeddings in float16 alone moves a cosine by up to 5e-4.
         threads: shards read side by side.
         progress: show a bar on a terminal.
 
     Returns:
-        {"rows": N, "shards": {name: {"rows", "mean_difference", "largest_difference"}}, "problems": {name: sentence}}.
+        {"rows": N, "archs": {arch: {shard: {"rows", "mean_difference", "largest_difference"}}},
+        "problems": {"shard (arch)": sentence}}.
+
+    Raises:
+        ValueError: if no shard can be used, or arch is not given and no npz holds embeddings of a known one.
     """
-    members, column = [f"{arch}_img", f"{arch}_txt"], f"clip_{arch}_similarity_score"
-    pool = open_pool(folder, members=members, columns=["uid", column], skip_broken=True)
-    problems: dict[str, str] = dict(pool.broken)
-    shards: dict[str, dict[str, Any]] = {}
-    with progress_bar("verify", pool.rows, unit="row", show=progress) as bar, ThreadPoolExecutor(threads) as executor:
-        found = executor.map(lambda shard: _verify_shard(pool, shard, members, column), pool.shards)
-        for shard, result in zip(pool.shards, found, strict=True):
-            bar.update(shard.rows)
-            if isinstance(result, str):
-                problems[shard.name] = result
-                continue
-            shards[shard.name] = result
-            if result["largest_difference"] > tolerance:
-                problems[shard.name] = (
-                    f"{column} differs from the cosine of its embeddings by up to {result['largest_difference']:.2g} "
-                    f"(in row {result.pop('worst_row')}, tolerance {tolerance:.2g}). Are rows or models mixed up?"
-                )
-            result.pop("worst_row", None)
-    return {"rows": pool.rows, "shards": shards, "problems": problems}
+    report: dict[str, Any] = {"rows": 0, "archs": {}, "problems": {}}
+    for one in [arch] if arch is not None else archs_of(folder):
+        rows, shards, problems = _verify_arch(folder, one, tolerance, threads, progress=progress)
+        report["rows"] = max(rows, report["rows"])
+        report["archs"][one] = shards
+        report["problems"] |= {f"{name} ({one})": problem for name, problem in problems.items()}
+    return report
 
 
 def verify_uids(path: Path | str) -> dict[str, Any]:
@@ -61,22 +59,42 @@ def verify_uids(path: Path | str) -> dict[str, Any]:
         {"uids", "distinct", "most_repeated", "problems": [sentences]}; without problems it is fit to train on.
     """
     try:
-        uids = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        return {"uids": 0, "distinct": 0, "most_repeated": 0, "problems": [f"It cannot be read as an array: {error}"]}
-    if not isinstance(uids, np.ndarray) or uids.dtype != UID or uids.ndim != 1:
-        found = f"{uids.dtype} of shape {uids.shape}" if isinstance(uids, np.ndarray) else "several arrays"
-        problem = f"It holds {found}, but uids are {UID} of shape (n,)."
-        return {"uids": 0, "distinct": 0, "most_repeated": 0, "problems": [problem]}
+        uids = map_uids(path)
+    except ValueError as error:
+        return {"uids": 0, "distinct": 0, "most_repeated": 0, "problems": [str(error)]}
     problems = []
     place = first_unsorted(uids)
     if place is not None:
         problems.append(f"It is not sorted: entry {place} is lower than the one before it. Readers would lose samples.")
-    ordered = sort_uids(uids)
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ordered) else np.zeros(0, int)
-    counts = np.diff(np.append(starts, len(ordered)))
-    most = int(counts.max()) if len(counts) else 0
-    return {"uids": len(uids), "distinct": len(starts), "most_repeated": most, "problems": problems}
+    distinct, most = count_uids(uids)
+    return {"uids": len(uids), "distinct": distinct, "most_repeated": most, "problems": problems}
+
+
+def _verify_arch(
+    folder: Path | str, arch: str, tolerance: float, threads: int, *, progress: bool
+) -> tuple[int, dict[str, Any], dict[str, str]]:
+    members, column = [f"{arch}_img", f"{arch}_txt"], f"clip_{arch}_similarity_score"
+    pool = open_pool(folder, members=members, columns=["uid", column], skip_broken=True)
+    problems: dict[str, str] = dict(pool.broken)
+    shards: dict[str, dict[str, Any]] = {}
+    with (
+        progress_bar(f"verify {arch}", pool.rows, unit="row", show=progress) as bar,
+        ThreadPoolExecutor(threads) as executor,
+    ):
+        found = executor.map(lambda shard: _verify_shard(pool, shard, members, column), pool.shards)
+        for shard, result in zip(pool.shards, found, strict=True):
+            bar.update(shard.rows)
+            if isinstance(result, str):
+                problems[shard.name] = result
+                continue
+            worst = result.pop("worst_row")
+            shards[shard.name] = result
+            if result["largest_difference"] > tolerance:
+                problems[shard.name] = (
+                    f"{column} differs from the cosine of its embeddings by up to {result['largest_difference']:.2g} "
+                    f"(in row {worst}, tolerance {tolerance:.2g}). Are rows or models mixed up?"
+                )
+    return pool.rows, shards, problems
 
 
 def _verify_shard(pool: Pool, shard: Shard, members: list[str], column: str) -> dict[str, Any] | str:

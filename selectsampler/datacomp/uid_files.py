@@ -1,0 +1,248 @@
+"""Uid files written, sorted and merged in blocks: RAM does not grow with them."""
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from selectsampler.datacomp.files import check_local
+from selectsampler.datacomp.targets import digests_of
+from selectsampler.datacomp.uids import UID, first_unsorted, format_uids, map_uids, sort_uids
+from selectsampler.store import replace_atomically
+
+__all__ = ["DUPLICATES", "check_output", "count_uids", "merge_uid_files", "merge_uids", "write_uids"]
+
+DUPLICATES = ("keep", "drop", "refuse")
+BLOCK = 2**21  # uids that are sorted or merged at once, at some 100 bytes each
+
+_MERGES = {"union": np.maximum, "intersection": np.minimum, "sum": np.add}
+
+
+def write_uids(
+    path: Path | str,
+    uids: np.ndarray,
+    *,
+    duplicates: str = "keep",
+    provenance: Mapping[str, Any] | None = None,
+    keys: bool = False,
+) -> np.ndarray:
+    """Write a uid file as DataComp's tools read it, atomically, and return it as a memory map.
+
+    >>> write_uids("subset.npy", parse_uids(["ff" * 16, "00" * 16]))    # doctest: +SKIP
+
+    Beside the uids given it takes 200 MiB of RAM; more than 2 million are sorted on disk, beside the file.
+
+    Args:
+        path: ends in `.npy`.
+        uids: (n,), `UID`, in any order; they are sorted.
+        duplicates: `keep`, a uid that stands twice is trained on twice; `drop`; or `refuse`.
+        provenance: written beside it as `.json`: how these were chosen.
+        keys: write `.keys.txt` beside it as well, every uid once in hex: an allow-list for loaders.
+
+    Raises:
+        ValueError: if the uids have another dtype or shape, or repeat although that is refused.
+    """
+    path = Path(path)
+    check_output(path)
+    if uids.dtype != UID or uids.ndim != 1:
+        raise ValueError(
+            f"uids are {uids.dtype} of shape {uids.shape}, but must be {UID} of shape (n,): see parse_uids."
+        )
+    if duplicates not in DUPLICATES:
+        raise ValueError(f"duplicates is {duplicates!r}, but it must be one of {', '.join(DUPLICATES)}.")
+    with _runs_folder(path) as folder:
+        blocks = _checked(_merged([_runs(uids, folder)], "sum"), duplicates)
+        _write(path, blocks, provenance, keys=keys)
+    return np.load(path, mmap_mode="r") if len(uids) else np.load(path)
+
+
+def merge_uids(paths: Sequence[Path | str], how: str = "union") -> np.ndarray:
+    """(n,), `UID`, sorted: the uids of several files together, whoever made them. `merge_uid_files` holds none in RAM.
+
+    >>> merge_uids(["ours.npy", "dfn.npy"], how="intersection")    # doctest: +SKIP
+
+    Args:
+        paths: uid files, local or any fsspec URL; unsorted ones are taken as well.
+        how: a uid stands in the result as often as in the file that has most of it (`union`), in the file that has
+            fewest (`intersection`), or in all files together (`sum`). The last weights what several filters agree on.
+
+    Raises:
+        ValueError: if there is no file, one is no uid file, or `how` is something else.
+    """
+    _check_merge(paths, how)
+    with TemporaryDirectory() as folder:
+        runs = [_runs(map_uids(path), Path(folder)) for path in paths]
+        return np.concatenate([np.empty(0, dtype=UID), *(np.repeat(*counted) for counted in _merged(runs, how))])
+
+
+def merge_uid_files(
+    paths: Sequence[Path | str],
+    output: Path | str,
+    how: str = "union",
+    *,
+    keys: bool = False,
+) -> int:
+    """Merge uid files of any size into one, as `merge_uids` does, in 200 MiB of RAM; returns how many uids it holds.
+
+    >>> merge_uid_files(["ours.npy", "dfn.npy"], "both.npy", how="intersection")    # doctest: +SKIP
+
+    Sorted local files are read through memory maps; of one that is not sorted, sorted blocks are written beside the
+    output for as long as the merge takes. Beside the result comes `.json`: how, and the sha256 of each file; with
+    `keys` also `.keys.txt`, every uid once.
+    """
+    _check_merge(paths, how)
+    check_output(output)
+    with _runs_folder(Path(output)) as folder:
+        runs = [_runs(map_uids(path), folder) for path in paths]
+        digests = {name: digest for path in paths for name, digest in digests_of(path).items()}
+        return _write(Path(output), _merged(runs, how), {"merge": how, "sha256": digests}, keys=keys)
+
+
+def count_uids(uids: np.ndarray) -> tuple[int, int]:
+    """How many distinct ones there are of uids in any order, and how often the most frequent one stands."""
+    distinct = most = 0
+    with TemporaryDirectory() as folder:
+        for _, counts in _merged([_runs(uids, Path(folder))], "sum"):
+            distinct, most = distinct + len(counts), max(most, int(counts.max(initial=0)))
+    return distinct, most
+
+
+def check_output(path: Path | str) -> None:
+    """Refuse, before any work is done, what no uid file can be written as.
+
+    Raises:
+        ValueError: if it is a URL, or does not end in `.npy`.
+    """
+    check_local(path, name="output")
+    if Path(path).suffix != ".npy":
+        raise ValueError(f"{path}: a uid file is written as .npy, or numpy would add it to the name.")
+
+
+def _check_merge(paths: Sequence[Path | str], how: str) -> None:
+    if how not in _MERGES:
+        raise ValueError(f"how is {how!r}, but it must be one of {', '.join(_MERGES)}.")
+    if not paths:
+        raise ValueError("There are no uid files to merge.")
+
+
+@contextmanager
+def _runs_folder(path: Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder:
+        yield Path(folder)
+
+
+def _runs(uids: np.ndarray, folder: Path) -> list[np.ndarray]:
+    """The same uids in pieces that are each sorted: themselves if they are, else blocks, on disk if there are many."""
+    if first_unsorted(uids) is None:
+        return [uids]
+    if len(uids) <= BLOCK:
+        return [sort_uids(np.asarray(uids))]
+    runs: list[np.ndarray] = []
+    number = len(list(folder.iterdir()))
+    for first in range(0, len(uids), BLOCK):
+        path = folder / f"{number + len(runs)}.npy"
+        np.save(path, sort_uids(np.asarray(uids[first : first + BLOCK])))
+        runs.append(np.load(path, mmap_mode="r"))
+    return runs
+
+
+Counted = tuple[np.ndarray, np.ndarray]
+"""Distinct uids, sorted, and how often each stands there."""
+
+
+def _merged(files: Sequence[Sequence[np.ndarray]], how: str) -> Iterator[Counted]:
+    """Files, each of one or several sorted runs, merged block by block in the order of uids."""
+    positions = [[0] * len(runs) for runs in files]
+    size = max(1, BLOCK // sum(len(runs) for runs in files))
+    while True:
+        # up to the lowest of what lies `size` ahead in each run, so that no uid is torn apart
+        ahead = [
+            run[min(place + size, len(run)) - 1]
+            for runs, places in zip(files, positions, strict=True)
+            for run, place in zip(runs, places, strict=True)
+            if place + size < len(run)
+        ]
+        limit = sort_uids(np.array(ahead, dtype=UID))[0] if ahead else None
+        blocks = []
+        for runs, places in zip(files, positions, strict=True):
+            ends = [len(run) if limit is None else int(np.searchsorted(run, limit, "right")) for run in runs]
+            parts = [np.asarray(run[first:end]) for run, first, end in zip(runs, places, ends, strict=True)]
+            blocks.append(_counted(parts[0] if len(parts) == 1 else sort_uids(np.concatenate(parts))))
+            places[:] = ends
+        yield _merge(blocks, how)
+        if limit is None:
+            return
+
+
+def _merge(files: Sequence[Counted], how: str) -> Counted:
+    """What is counted in several files, together."""
+    if len(files) == 1:
+        return files[0]
+    uids, counts = (np.concatenate(column) for column in zip(*files, strict=True))
+    order = np.lexsort((uids["f1"], uids["f0"]))
+    everything, holders = _counted(uids[order])
+    if not len(everything):
+        return everything, holders
+    counts = _MERGES[how].reduceat(counts[order], np.cumsum(holders) - holders)
+    if how == "intersection":
+        counts[holders < len(files)] = 0
+    return everything[counts > 0], counts[counts > 0]
+
+
+def _counted(ordered: np.ndarray) -> Counted:
+    if not len(ordered):
+        return ordered, np.zeros(0, dtype=np.int64)
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    return ordered[starts], np.diff(np.append(starts, len(ordered)))
+
+
+def _checked(blocks: Iterable[Counted], duplicates: str) -> Iterator[Counted]:
+    for uids, counts in blocks:
+        if duplicates == "refuse" and (counts > 1).any():
+            first = int((counts > 1).argmax())
+            raise ValueError(
+                f"The uid {format_uids(uids[first : first + 1])[0]} stands {counts[first]} times. "
+                "Pass duplicates='keep' or 'drop'."
+            )
+        yield uids, np.ones_like(counts) if duplicates == "drop" else counts
+
+
+def _write(path: Path, blocks: Iterable[Counted], provenance: Mapping[str, Any] | None, *, keys: bool) -> int:
+    """The uid file last, so that what lies beside it is there once it is."""
+    total = 0
+    with replace_atomically(path) as file:
+        _write_header(file, 0)
+        if keys:
+            with replace_atomically(path.with_suffix(".keys.txt")) as keys_file:
+                total = _write_blocks(file, blocks, keys_file)
+        else:
+            total = _write_blocks(file, blocks, None)
+        file.seek(0)
+        _write_header(file, total)
+        if provenance is not None:
+            with replace_atomically(path.with_suffix(".json")) as beside:
+                beside.write((json.dumps(dict(provenance), indent=1, sort_keys=True) + "\n").encode())
+    return total
+
+
+def _write_blocks(file: BinaryIO, blocks: Iterable[Counted], keys_file: BinaryIO | None) -> int:
+    total = 0
+    for uids, counts in blocks:
+        file.write(np.repeat(uids, counts).tobytes())
+        total += int(counts.sum())
+        for first in range(0, len(uids) if keys_file else 0, 65_536):
+            keys_file.write("".join(f"{uid}\n" for uid in format_uids(uids[first : first + 65_536])).encode())  # type: ignore[union-attr]
+    return total
+
+
+def _write_header(file: BinaryIO, rows: int) -> None:
+    """The header of numpy's format 1.0 in 128 bytes, however many rows there are, so that they can be counted later."""
+    described = f"{{'descr': {UID.descr!r}, 'fortran_order': False, 'shape': ({rows},), }}"
+    header = described.encode().ljust(117) + b"\n"
+    file.write(np.lib.format.magic(1, 0) + struct.pack("<H", len(header)) + header)
