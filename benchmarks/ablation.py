@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from baselines import zero_shot_probability
 from common import interval, pool
 from selectsampler.recipes import cifar, noise
 from torch import Tensor
@@ -52,9 +53,7 @@ class Data:
         return ss.select(self.scores, str(self.kept), seed=self.seed, **options).indices
 
     def zero_shot(self) -> Tensor:
-        image, text = (normalize(f.float(), dim=1) for f in (self.embeddings.image, self.embeddings.text))
-        posterior = (image @ text.T / self.embeddings.temperature).softmax(dim=1)
-        return ss.select(posterior.gather(1, self.embeddings.labels[:, None])[:, 0], str(self.kept)).indices
+        return ss.select(zero_shot_probability(self.embeddings), str(self.kept)).indices
 
     def adapted(self, method: str) -> Tensor:
         preset = ss.presets.paper

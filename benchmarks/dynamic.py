@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import baselines
 import numpy as np
 import torch
 from scipy import stats
@@ -31,11 +32,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import selectsampler as ss
-from selectsampler.reselect import SelectFn, TrainingState, soft_pruning, trusted_and_hard
+from selectsampler.reselect import SelectFn, trusted_and_hard
 
 EPOCHS = 10  # of full training
 TRUSTED = 0.1  # at least this probable is the label of a sample of the static trusted pool
-ANNEALED = 0.125  # the last share of the visits, in which InfoBatch prunes nothing, as published
 
 
 @dataclass
@@ -79,20 +79,17 @@ def full(run: Run) -> Plan:
 
 
 def rs2(run: Run) -> Plan:
-    """Repeated random sampling (arXiv 2305.18424): all samples in turn, none again before all were seen."""
-    return run.sampler(range(len(run.labels)), epoch_size=run.epoch_size), None
+    """Repeated random sampling."""
+    return baselines.repeated_random(len(run.labels), run.epoch_size, seed=run.seed), None
 
 
 def infobatch(run: Run) -> Plan:
-    """InfoBatch (arXiv 2303.04947) as published: half of the easy pruned and reweighted, nothing pruned at the end."""
-    run.losses = ss.LossTracker(len(run.labels), momentum=0.0)  # it goes by the last loss
-    prune, everything = soft_pruning(0.5, seed=run.seed), ss.Selection(range(len(run.labels)), len(run.labels))
-
-    def select(epoch: int, state: TrainingState) -> ss.Selection:
-        annealing = run.visited >= (1 - ANNEALED) * run.visits
-        return everything if annealing or epoch == 0 else prune(epoch, state)
-
-    return run.sampler(everything), select
+    """InfoBatch as published: nothing is pruned at the end."""
+    run.losses = ss.LossTracker(len(run.labels), momentum=0.0)
+    prune = baselines.infobatch(
+        len(run.labels), annealing=lambda: run.visited >= (1 - baselines.ANNEALED) * run.visits, seed=run.seed
+    )
+    return run.sampler(range(len(run.labels))), prune
 
 
 def static(run: Run) -> Plan:

@@ -1,0 +1,235 @@
+"""The runs of quality.py as one JSON, a table and two pictures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import interval
+
+__all__ = ["Results", "write_tables"]
+
+BUDGETS = ("updates", "epochs")
+STAGES = ("proxy", "embed", "adapt", "score", "select", "train")
+SEE_ALL = ("full", "RS2", "InfoBatch")  # with as many updates as everything, these are trained on everything
+
+
+def write_tables(runs: Path, out: Path, methods: Sequence[str]) -> None:
+    """Join each data set's folder of runs into `quality-NAME.json`, `.md`, `-ratio.png` and `-time.png`.
+
+    Raises:
+        ValueError: if there is no run.
+    """
+    folders = [folder for folder in sorted(runs.iterdir()) if any(folder.glob("*.json"))]
+    if not folders:
+        raise ValueError(f"{runs} holds no runs: make them first.")
+    out.mkdir(parents=True, exist_ok=True)
+    for folder in folders:
+        joined = join([json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))])
+        lines = ",\n".join(json.dumps(row) for row in joined["runs"])
+        made_with = ",\n".join(json.dumps(made) for made in joined["made_with"])
+        path = out / f"quality-{folder.name}.json"
+        path.write_text(f'{{"made_with": [\n{made_with}\n],\n"runs": [\n{lines}\n]}}\n')
+        results = Results(joined["runs"], methods)
+        path.with_suffix(".md").write_text(results.page(folder.name, joined["made_with"]))
+        results.draw_by_ratio(out / f"quality-{folder.name}-ratio.png")
+        results.draw_by_time(out / f"quality-{folder.name}-time.png")
+
+
+def join(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """All runs, and once each what they were made with."""
+    made_with: list[dict[str, Any]] = []
+    rows = []
+    for run in runs:
+        made = {name: run.pop(name) for name in ("versions", "machine")}
+        if made not in made_with:
+            made_with.append(made)
+        rows.append(run | {"made_with": made_with.index(made)})
+    return {"made_with": made_with, "runs": rows}
+
+
+class Results:
+    """All runs on one data set.
+
+    Args:
+        rows: the runs, without versions and machine.
+        methods: in the order of the tables.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], methods: Sequence[str]) -> None:
+        self.methods = [method for method in methods if any(row["method"] == method for row in rows)]
+        self.settings = sorted({row["setting"] for row in rows}, key=_rank)
+        self.ratios = sorted({row["keep"] for row in rows} - {"1"})
+        self._of: dict[tuple[str, str, str, str], dict[int, dict[str, Any]]] = {}
+        for row in rows:
+            key = (row["setting"], row["method"], row["keep"], row["budget"])
+            self._of.setdefault(key, {})[row["seed"]] = row
+
+    def of(self, setting: str, method: str, keep: str, budget: str) -> dict[int, dict[str, Any]]:
+        """The runs by seed, also where one run stands for all ratios, or training on everything for a method."""
+        if method == "full" or (method == "RS2" and budget == "updates"):
+            return self._of.get((setting, "full", "1", "updates"), {})
+        if method == "InfoBatch" and budget == "updates":
+            keep = "1"
+        return self._of.get((setting, method, keep, budget), {})
+
+    def figures(self, figure: str, *where: str) -> list[float]:
+        """One figure of these runs, in percent."""
+        return [100 * row[figure] for row in self.of(*where).values()]
+
+    def competing(self, setting: str, budget: str) -> list[str]:
+        """Who can be best: not who knows the truth, nor who sees all of a clean data set equally often."""
+        out = {"oracle", *(SEE_ALL if setting == "none" and budget == "updates" else ("full",) * (setting == "none"))}
+        return [method for method in self.methods if method not in out]
+
+    def best(self, setting: str, keep: str, budget: str) -> str | None:
+        """The competing method of the highest mean accuracy; None where there are no runs."""
+        means = {
+            method: np.mean(values)
+            for method in self.competing(setting, budget)
+            if (values := self.figures("accuracy", setting, method, keep, budget))
+        }
+        return max(means, key=means.__getitem__) if means else None
+
+    def page(self, name: str, made_with: list[dict[str, Any]]) -> str:
+        """The whole Markdown file."""
+        devices = sorted({f"{made['machine']['device']}, {made['machine']['threads']} thread(s)" for made in made_with})
+        lines = [
+            f"# Quality: {name}",
+            "",
+            "Test accuracy in % (mean ± 95 % interval, Student's t over the seeds) by method, share of the data kept "
+            "and length of training: as many updates as everything takes, or as many epochs. Bold: the best but for "
+            "the oracle, and but for training on all of a clean data set. Noise, damage (shares of what is trained on) and "
+            "balance (smallest over largest class) at the middle ratio. RS2 with as many updates is training on "
+            "everything; InfoBatch chooses its share by itself.",
+            "",
+            f"Made by `python benchmarks/quality.py {name}` on {'; '.join(devices)}.",
+        ]
+        for setting in self.settings:
+            lines += ["", f"## {setting}", "", *self.table(setting), "", *self.verdict(setting)]
+        return "\n".join([*lines, "", "## Seconds", "", *self.costs(), ""])
+
+    def table(self, setting: str) -> list[str]:
+        """A row a method."""
+        columns = [(keep, budget) for keep in self.ratios for budget in BUDGETS]
+        middle = self.ratios[len(self.ratios) // 2]
+        heads = [f"{float(keep):.0%}, {budget}" for keep, budget in columns]
+        lines = [
+            "| method | seeds | " + " | ".join([*heads, "noise", "damage", "balance"]) + " |",
+            "|---|" + "---|" * (len(columns) + 4),
+        ]
+        best = {column: self.best(setting, *column) for column in columns}
+        for method in self.methods:
+            cells, seeds = [], 0
+            for keep, budget in columns:
+                values = self.figures("accuracy", setting, method, keep, budget)
+                cell = interval(values, 1) if values else ""
+                cells.append(f"**{cell}**" if method == best[keep, budget] else cell)
+                seeds = max(seeds, len(values))
+            if not seeds:
+                continue
+            at = [(setting, method, middle, budget) for budget in BUDGETS if self.of(setting, method, middle, budget)]
+            for figure in ("noise_left", "damaged_left", "balance"):
+                cells.append(f"{np.mean(self.figures(figure, *at[0])):.1f}" if at else "")
+            lines.append(f"| {method} | {seeds} | " + " | ".join(cells) + " |")
+        return lines
+
+    def verdict(self, setting: str) -> list[str]:
+        """Where ours is not the best, by whom it is beaten and by how much."""
+        beaten, compared = [], 0
+        for keep in self.ratios:
+            for budget in BUDGETS:
+                best = self.best(setting, keep, budget)
+                if best is None or not self.of(setting, "ours", keep, budget):
+                    continue
+                compared += 1
+                if best != "ours":
+                    gap = interval(self.gains(setting, best, "ours", keep, budget), 1)
+                    beaten.append(f"at {float(keep):.0%}, equal {budget}, {best} is better by {gap}")
+        if not compared:
+            return []
+        if not beaten:
+            return [f"Ours is the best in all {compared} columns."]
+        return [f"Ours is not the best in {len(beaten)} of {compared} columns (paired by seed): {'; '.join(beaten)}."]
+
+    def gains(self, setting: str, method: str, other: str, keep: str, budget: str) -> list[float]:
+        """By how many points one method is better than another, seed by seed."""
+        own, others = (self.of(setting, name, keep, budget) for name in (method, other))
+        return [100 * (own[seed]["accuracy"] - others[seed]["accuracy"]) for seed in own if seed in others]
+
+    def costs(self) -> list[str]:
+        """Mean seconds of each stage over settings and seeds, at the middle ratio and equal updates."""
+        middle = self.ratios[len(self.ratios) // 2]
+        lines = [
+            f"Mean seconds of the stages at {float(middle):.0%} and equal updates, each as if nothing was there yet.",
+            "",
+            "| method | " + " | ".join([*STAGES, "all"]) + " |",
+            "|---|" + "---|" * (len(STAGES) + 1),
+        ]
+        for method in self.methods:
+            rows = [row for setting in self.settings for row in self.of(setting, method, middle, "updates").values()]
+            if rows:
+                took = [float(np.mean([row["seconds"].get(stage, 0.0) for row in rows])) for stage in STAGES]
+                lines.append(f"| {method} | " + " | ".join(f"{value:.2f}" for value in [*took, sum(took)]) + " |")
+        return lines
+
+    def draw_by_ratio(self, path: Path) -> None:
+        """Accuracy against the share kept, at equal updates, a panel a setting."""
+        figure, panels, colours = self._panels()
+        for axes, setting in zip(panels, self.settings, strict=False):
+            for method in self.methods:
+                points = [
+                    (100 * float(keep), np.mean(values))
+                    for keep in self.ratios
+                    if (values := self.figures("accuracy", setting, method, keep, "updates"))
+                ]
+                if points:
+                    style = "--" if method in SEE_ALL else ":" if method == "oracle" else "-"
+                    axes.plot(*zip(*points, strict=True), style, marker=".", color=colours[method], label=method)
+            axes.set_xlabel("kept, %")
+        self._finish(figure, path)
+
+    def draw_by_time(self, path: Path) -> None:
+        """Accuracy against seconds of everything from embedding and proxies to training, a panel a setting."""
+        figure, panels, colours = self._panels()
+        for axes, setting in zip(panels, self.settings, strict=False):
+            for method in self.methods:
+                for budget, marker in zip(BUDGETS, "o^", strict=True):
+                    found = [rows for keep in self.ratios if (rows := self.of(setting, method, keep, budget))]
+                    seconds = [np.mean([sum(row["seconds"].values()) for row in rows.values()]) for rows in found]
+                    accuracy = [np.mean([100 * row["accuracy"] for row in rows.values()]) for rows in found]
+                    label = method if marker == "o" else None
+                    axes.scatter(seconds, accuracy, s=18, marker=marker, color=colours[method], label=label)
+            axes.set_xscale("log")
+            axes.set_xlabel("seconds in all (circles: equal updates, triangles: equal epochs)")
+        self._finish(figure, path)
+
+    def _panels(self) -> tuple[Any, Any, dict[str, Any]]:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+
+        columns = min(3, len(self.settings))
+        rows = -(-len(self.settings) // columns)
+        figure = Figure(figsize=(5.5 * columns + 1.5, 4 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, setting in zip(panels, self.settings, strict=False):
+            axes.set_title(setting)
+            axes.set_ylabel("test accuracy, %")
+        for axes in panels[len(self.settings) :]:
+            axes.set_axis_off()
+        colours = {method: colormaps["tab20"](number % 20) for number, method in enumerate(self.methods)}
+        return figure, panels, colours | {"ours": "black"}
+
+    def _finish(self, figure: Any, path: Path) -> None:
+        handles, labels = figure.axes[-1].get_legend_handles_labels()
+        for axes in figure.axes:
+            found = axes.get_legend_handles_labels()
+            handles, labels = found if len(found[1]) > len(labels) else (handles, labels)
+        figure.legend(handles, labels, loc="outside right center", frameon=False)
+        figure.savefig(path, dpi=80)
+
+
+def _rank(setting: str) -> tuple[int, str]:
+    """Clean first, then noise, then damage."""
+    return (setting != "none") + setting.count(":"), setting
