@@ -100,7 +100,7 @@ class Results:
             "",
             "Test accuracy in % (mean ± 95 % interval, Student's t over the seeds) by method, share of the data kept "
             "and length of training: as many updates as everything takes, or as many epochs. Bold: the best but for "
-            "the oracle, and but for training on all of a clean data set. Noise, damage (shares of what is trained on) and "
+            "the oracle, and but for training on all of a clean data set. Noise, damage (% of what is trained on) and "
             "balance (smallest over largest class) at the middle ratio. RS2 with as many updates is training on "
             "everything; InfoBatch chooses its share by itself.",
             "",

@@ -1,0 +1,9 @@
+"""Benchmarks are scripts beside the package: their folder is where they find each other."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cleanlab", reason="benchmarks need selectsampler[benchmarks]")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
