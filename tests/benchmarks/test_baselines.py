@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_embeddings, random_features
-from selectsampler.optimizers import apportion
 from torch.testing import assert_close
 
 from selectsampler import LossTracker, Selection
+from selectsampler.optimizers import apportion
 from selectsampler.reselect import TrainingState
 
 
