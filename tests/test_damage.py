@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 import selectsampler as ss
 from selectsampler.embeddings import STATISTICS
 from selectsampler.embeddings.damaging import DAMAGES, EVERY, twin_of
-from selectsampler.embeddings.statistics import image_statistics
+from selectsampler.embeddings.statistics import image_statistics, statistics_of
 from selectsampler.scores import damage
 from selectsampler.scores.damage import intactness
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_judged_is_refused(changes, message):
 # Twins
 
 
-@pytest.mark.parametrize("kind", range(len(DAMAGES)))
+@pytest.mark.parametrize("kind", DAMAGES)
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (32, 32), (90, 61)])
 def test_every_kind_of_damage_keeps_the_size_and_changes_the_picture(kind, size):
     width, height = size
@@ -190,6 +190,32 @@ def test_statistics_are_finite_for_every_size(size):
         values = image_statistics(pixels)
         assert values.shape == (len(STATISTICS),) == (len(set(STATISTICS)),)
         assert np.isfinite(values).all()
+
+
+def test_the_statistics_of_an_image_are_the_same_bits_alone_and_among_others_of_any_size():
+    random = np.random.default_rng(0)
+    sizes = [(32, 32), (40, 9), (32, 32), (5, 3), (40, 9), (300, 270), (32, 32)]
+    images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    assert np.array_equal(statistics_of(images), np.stack([image_statistics(pixels) for pixels in images]))
+
+
+def levels(*rows):
+    """An image of smooth random light, through a function of levels."""
+    values = np.random.default_rng(0).normal(110, 35, (32, 32, 3)).clip(20, 235)
+    return np.rint(np.clip(rows[0](values), 0, 255)).astype(np.uint8)
+
+
+def test_what_an_exposure_does_to_the_levels_is_seen():
+    named = [
+        dict(zip(STATISTICS, image_statistics(levels(change)).tolist(), strict=True))
+        for change in (lambda x: x, lambda x: x + 90, lambda x: x - 90, lambda x: np.rint(x) * 1.4)
+    ]
+    plain, lighter, darker, gained = named
+    assert lighter["clipped_white"] > plain["clipped_white"] == pytest.approx(0, abs=0.05)
+    assert darker["clipped_black"] > plain["clipped_black"] + 1
+    assert lighter["deepest"] == pytest.approx(plain["deepest"] + 90 / 255, abs=0.01)
+    assert darker["palest"] == pytest.approx(plain["palest"] - 90 / 255, abs=0.01)
+    assert gained["comb"] > 1.5 * plain["comb"]
 
 
 def test_statistics_do_not_prefer_rows_to_columns():

@@ -18,7 +18,7 @@ from selectsampler.embeddings.clip import Clip, load_clip
 from selectsampler.embeddings.damaging import REVISION, twin_of
 from selectsampler.embeddings.datasets import UNREADABLE, Images, NotAnImage, as_images, digest_pixels
 from selectsampler.embeddings.features import Embeddings, as_labels
-from selectsampler.embeddings.statistics import STATISTICS, image_statistics
+from selectsampler.embeddings.statistics import STATISTICS, statistics_of
 from selectsampler.progress import progress_bar
 from selectsampler.store import FORMAT, ShardStore, bytes_of, digest_json, digest_tensors, read_tensors, write_tensors
 from selectsampler.validation import check_classes, check_labels
@@ -26,6 +26,7 @@ from selectsampler.validation import check_classes, check_labels
 __all__ = ["UnreadableImages", "dataset_fingerprint", "embed"]
 
 SHARD = 1024  # images; a kill costs at most these
+AT_ONCE = 2**22  # bytes of pixels whose statistics are taken together
 NO_TWIN = -1  # where the number of a kind of damage would stand
 NO_CONTENT = bytes(32)  # where a digest would stand, had the image been readable
 
@@ -318,6 +319,26 @@ class PreparedImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """A batch, as loaders ask for it: many small images are looked at together, of large ones few are held."""
+        rows: list[dict[str, Any]] = []
+        seen: list[tuple[dict[str, Any], str, np.ndarray]] = []
+        waiting = 0
+        for index in indices:
+            row, of_row = self._prepare(index)
+            rows.append(row)
+            seen += [(row, name, pixels) for name, pixels in of_row.items()]
+            waiting += sum(pixels.size for pixels in of_row.values())
+            if waiting > AT_ONCE:
+                _note_statistics(seen)
+                seen, waiting = [], 0
+        _note_statistics(seen)
+        return rows
+
+    def _prepare(self, index: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """All of a row but its statistics, and the pixels to take them of."""
         try:
             image = self.images.open(index)
         except UNREADABLE:
@@ -326,14 +347,20 @@ class PreparedImages(Dataset):
         twin = None if image is None else twin_of(image)
         row = {
             "pixels": self.blank if image is None else self.preprocess(image),
-            "image_statistics": unseen if image is None else image_statistics(np.asarray(image)),
+            "image_statistics": unseen,
             "readable": image is not None,
             "twin": NO_TWIN if twin is None else twin[0],
-            "twin_statistics": unseen if twin is None else image_statistics(np.asarray(twin[1])),
+            "twin_statistics": unseen,
         }
         if self.hash_content:
             row["content"] = _as_row(NO_CONTENT if image is None else digest_pixels(image))
-        return row
+        seen = {"image_statistics": image, "twin_statistics": None if twin is None else twin[1]}
+        return row, {name: np.asarray(of_row) for name, of_row in seen.items() if of_row is not None}
+
+
+def _note_statistics(seen: Sequence[tuple[dict[str, Any], str, np.ndarray]]) -> None:
+    for (row, name, _), values in zip(seen, statistics_of([pixels for _, _, pixels in seen]), strict=True):
+        row[name] = values
 
 
 def _encode(

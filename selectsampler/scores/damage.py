@@ -13,7 +13,7 @@ __all__ = ["intactness"]
 
 FEWEST = 30  # twins; from fewer nothing can be learned
 FOLDS = 4
-HIDDEN = 64
+HIDDEN = 128
 STEPS = 500
 BATCH = 256
 LEARNING_RATE = 5e-3
@@ -65,7 +65,7 @@ def intactness(
     if len(twins) < FEWEST:
         raise ValueError(
             f"There are {len(twins)} damaged twins, but {FEWEST} are needed to learn from. embed() makes one of every "
-            "sixth image: embed more images, or leave this score out."
+            "fourth image: embed more images, or leave this score out."
         )
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, samples)).generate_state(1)[0]))
     scaled = _scaling(image_statistics[eligible])
