@@ -154,6 +154,32 @@ def test_what_on_losses_returns_is_what_is_minimised(data):
     assert cifar.train(data, labels, sampler, TINY, seed=2).accuracy < 0.5
 
 
+def test_on_logits_hears_what_the_network_said_of_each_sample_before_the_update(data):
+    heard = {}
+
+    def on_logits(rows, logits):
+        heard.update(zip(rows.tolist(), logits.argmax(dim=1).tolist(), strict=True))
+        assert logits.dtype == torch.float32
+
+    cifar.train(data, data.labels, SelectSampler(range(72), seed=1), TINY, seed=2, on_logits=on_logits)
+    assert heard.keys() == set(range(72))
+    assert np.mean([heard[row] == int(label) for row, label in enumerate(data.labels)]) > 0.9
+
+
+def test_the_trained_network_gives_the_accuracy(data):
+    trained = cifar.train(data, data.labels, SelectSampler(range(72), seed=1), TINY, seed=2)
+    logits = cifar.logits_of(trained.model, data.test_images)
+    assert float((logits.argmax(dim=1) == data.test_labels).float().mean()) == trained.accuracy
+
+
+@pytest.mark.parametrize("known", [{}, {"avx512_bf16": False}, {"avx512_bf16": True}])
+def test_bfloat16_is_used_on_processors_that_multiply_it(known, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    with cifar.mixed_precision(torch.device("cpu")):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if known.get("avx512_bf16") else torch.float32)
+
+
 def test_a_selection_can_follow_the_training(data):
     sampler, losses = SelectSampler(Selection(range(36), population=72), seed=1), LossTracker(72)
     seen = []
