@@ -116,12 +116,8 @@ class CifarHalf:
     proxies = Proxies()
 
     def __init__(self, arguments: argparse.Namespace, damage: str | None = None) -> None:
-        self.path: Path = arguments.data
-        self.per_class: int = arguments.per_class
-        self.clip: str = arguments.clip
-        self.cache_dir: Path | None = arguments.cache_dir
         self.arguments = arguments
-        data, self.damaged = cifar.load(self.path, first_per_class=self.per_class, corrupt=damage)
+        data, self.damaged = cifar.load(arguments.data, first_per_class=arguments.per_class, corrupt=damage)
         self.data = data.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self.truth = data.labels
         self.images = cifar.Pixels(data)
@@ -133,17 +129,22 @@ class CifarHalf:
     @cached_property
     def embeddings(self) -> ss.Embeddings:
         """Of all, with the true labels."""
-        return ss.embed(self.images, self.clip, class_names=self.images.classes, cache_dir=self.cache_dir)
+        return self.embed(self.images, cache_dir=self.arguments.cache_dir)
+
+    def embed(self, images: Any, *, cache_dir: Path | None = None) -> ss.Embeddings:
+        """Of these images, by the CLIP of the command line."""
+        return ss.embed(images, self.arguments.clip, class_names=self.images.classes, cache_dir=cache_dir)
 
     @cached_property
     def embed_seconds(self) -> float:
         """What embedding all takes without a cache, from two parts of it, as opening the CLIP takes time too."""
+        few, many = len(self.truth) // 20, len(self.truth) // 10
         took = []
-        for size in (100, 1100):
+        for size in (few, many):
             start = clock()
-            ss.embed(Subset(self.images, range(size)), self.clip, class_names=self.images.classes)
+            self.embed(Subset(self.images, range(size)))
             took.append(clock() - start)
-        return (took[1] - took[0]) * len(self.truth) / 1000
+        return (took[1] - took[0]) * len(self.truth) / (many - few)
 
     def train(
         self, labels: Tensor, sampler: ss.SelectSampler, updates: int, *, seed: int, **hooks: Any

@@ -101,7 +101,7 @@ class Results:
             "Test accuracy in % (mean ± 95 % interval, Student's t over the seeds) by method, share of the data kept "
             "and length of training: as many updates as everything takes, or as many epochs. Bold: the best but for "
             "the oracle, and but for training on all of a clean data set. Noise, damage (% of what is trained on) and "
-            "balance (smallest over largest class) at the middle ratio. RS2 with as many updates is training on "
+            "balance (smallest class in % of the largest) at the middle ratio. RS2 with as many updates is training on "
             "everything; InfoBatch chooses its share by itself.",
             "",
             f"Made by `python benchmarks/quality.py {name}` on {'; '.join(devices)}.",
@@ -202,6 +202,9 @@ class Results:
                     label = method if marker == "o" else None
                     axes.scatter(seconds, accuracy, s=18, marker=marker, color=colours[method], label=label)
             axes.set_xscale("log")
+            for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+                ticks(lambda seconds, _: f"{seconds:g}")
+            axes.tick_params(axis="x", which="both", labelsize=7)
             axes.set_xlabel("seconds in all (circles: equal updates, triangles: equal epochs)")
         self._finish(figure, path)
 
