@@ -199,15 +199,15 @@ def test_the_statistics_of_an_image_are_the_same_bits_alone_and_among_others_of_
     assert np.array_equal(statistics_of(images), np.stack([image_statistics(pixels) for pixels in images]))
 
 
-def levels(*rows):
-    """An image of smooth random light, through a function of levels."""
+def smooth_levels(change):
+    """An image of which all levels between 20 and 235 are in use, after a change of them."""
     values = np.random.default_rng(0).normal(110, 35, (32, 32, 3)).clip(20, 235)
-    return np.rint(np.clip(rows[0](values), 0, 255)).astype(np.uint8)
+    return np.rint(np.clip(change(values), 0, 255)).astype(np.uint8)
 
 
 def test_what_an_exposure_does_to_the_levels_is_seen():
     named = [
-        dict(zip(STATISTICS, image_statistics(levels(change)).tolist(), strict=True))
+        dict(zip(STATISTICS, image_statistics(smooth_levels(change)).tolist(), strict=True))
         for change in (lambda x: x, lambda x: x + 90, lambda x: x - 90, lambda x: np.rint(x) * 1.4)
     ]
     plain, lighter, darker, gained = named

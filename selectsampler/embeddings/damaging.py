@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 __all__ = ["DAMAGES", "REVISION", "twin_of"]
 
 EVERY = 4  # one image of so many gets a twin
-REVISION = 2  # part of the key of embed's cache: another whenever the damage changes
+REVISION = 3  # part of the key of embed's cache: another whenever the damage changes
 
 
 def twin_of(image: Image.Image) -> tuple[int, Image.Image] | None:
@@ -65,16 +65,18 @@ def _cover(image: Image.Image, random: np.random.Generator) -> Image.Image:
     rows = int(np.clip(round((area * aspect) ** 0.5 * height), 1, height))
     columns = int(np.clip(round((area / aspect) ** 0.5 * width), 1, width))
     top, left, other_top, other_left = random.integers(0, [height - rows + 1, width - columns + 1] * 2)
-    fillings: list[np.ndarray] = [
-        np.zeros(3),
-        np.ones(3),
-        np.full(3, random.random()),
-        random.random(3),
-        pixels.mean(axis=(0, 1)),
-        random.random((rows, columns, 3)),
-        pixels[other_top : other_top + rows, other_left : other_left + columns].copy(),
-    ]
-    pixels[top : top + rows, left : left + columns] = fillings[random.integers(len(fillings))]
+    if random.random() < 0.5:  # a dead area of a sensor, or nothing where something was
+        filling = np.full(3, float(random.random() < 0.3))
+    else:
+        fillings: list[np.ndarray] = [
+            np.full(3, random.random()),
+            random.random(3),
+            pixels.mean(axis=(0, 1)),
+            random.random((rows, columns, 3)),
+            pixels[other_top : other_top + rows, other_left : other_left + columns].copy(),
+        ]
+        filling = fillings[random.integers(len(fillings))]
+    pixels[top : top + rows, left : left + columns] = filling
     return _image(pixels)
 
 

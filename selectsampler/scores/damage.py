@@ -41,7 +41,8 @@ def intactness(
     thrown together stand for damage of an unknown kind. No image is judged by a network that saw it or its twin.
 
     Limits: it sees what the statistics see, not content: an image of something else is intact. Damage unlike that of
-    all twins is found less surely, or not at all. Where one kind of damage has hit two images of five, it looks normal.
+    all twins is found less surely, or not at all; so is all damage where there are only a few hundred twins. Where one
+    kind of damage has hit two images of five, it looks normal.
 
     Args:
         image_statistics: (N, S), floating point, finite, as `embed` notes them.
