@@ -6,6 +6,8 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
+EMBEDDINGS = ("b32_", "l14_")
+
 
 def write_pool(
     folder: Path, rows: list[int], *, dim: int = 16, deflated: bool = False, seed: int = 0
@@ -39,9 +41,9 @@ def made_columns(rows: int, dim: int, generator: np.random.Generator) -> dict[st
 def write_shard(
     folder: Path, name: str, columns: dict[str, np.ndarray], deflated: bool = False
 ) -> dict[str, np.ndarray]:
-    table = {key: column for key, column in columns.items() if not key.startswith("l14_")}
+    table = {key: column for key, column in columns.items() if not key.startswith(EMBEDDINGS)}
     parquet.write_table(pyarrow.table(table), folder / f"{name}.parquet", row_group_size=97)
     (np.savez_compressed if deflated else np.savez)(
-        folder / f"{name}.npz", **{key: column for key, column in columns.items() if key.startswith("l14_")}
+        folder / f"{name}.npz", **{key: column for key, column in columns.items() if key.startswith(EMBEDDINGS)}
     )
     return columns

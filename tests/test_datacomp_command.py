@@ -7,12 +7,13 @@ import sys
 
 import numpy as np
 import pytest
-from made_pools import write_pool
+from made_pools import made_columns, write_pool, write_shard
 
 from selectsampler.cli import main
 from selectsampler.datacomp import read_uids
 
 STAGES = ["--score", "s-clip-loss", "--keep", "0.3", "--then", "norm-sim", "--keep", "0.2", "--temperature", "0.1"]
+DYNAMIC = ["--then", "norm-sim-dynamic", "--keep", "0.1", "--rounds", "20"]
 
 
 @pytest.fixture
@@ -45,6 +46,27 @@ def test_verify_compares_similarities_with_embeddings(pool, capsys):
     assert len(other["uid"]) == 500
     assert main(["datacomp", "verify", str(pool)]) == 1
     assert "s1 (l14): clip_l14_similarity_score differs" in capsys.readouterr().err
+
+
+def test_verify_looks_at_every_model_unless_told(tmp_path, capsys):
+    columns = made_columns(50, 16, np.random.default_rng(0))
+    for kind in ("img", "txt"):
+        columns[f"b32_{kind}"] = columns[f"l14_{kind}"]
+    columns["clip_b32_similarity_score"] = columns["clip_l14_similarity_score"][::-1]
+    write_shard(tmp_path, "s0", columns)
+    assert main(["datacomp", "verify", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert list(json.loads(told.out)["archs"]) == ["b32", "l14"]
+    assert "has 1 problems. s0 (b32): clip_b32_similarity_score differs" in told.err
+    assert main(["datacomp", "verify", str(tmp_path), "--arch", "l14"]) == 0
+    np.savez(tmp_path / "s0.npz", other=columns["l14_img"])
+    assert main(["datacomp", "verify", str(tmp_path)]) == 1
+    assert "hold other, but embeddings are b32_img" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_refused_before_the_merge(capsys):
+    assert main(["datacomp", "merge", "nowhere.npy", "--out", "s3://bucket/merged.npy"]) == 1
+    assert "s3://bucket/merged.npy, but it must be a local path" in capsys.readouterr().err
 
 
 def test_merge_joins_files(pool, capsys):
@@ -114,11 +136,11 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_two_ranks_give_the_bits_of_one_and_go_on_after_a_rank_died(pool, monkeypatch):
-    assert main(arguments(pool, "one.npy")) == 0
+    assert main(arguments(pool, "one.npy", *DYNAMIC)) == 0
     program = pool.parent / "dying.py"
     program.write_text(DYING)
     work = pool.parent / "work"
-    command = [str(program), *arguments(pool, "two.npy", "--threads", "1", "--work", str(work))]
+    command = [str(program), *arguments(pool, "two.npy", *DYNAMIC, "--threads", "1", "--work", str(work))]
     monkeypatch.setenv("DYING_RANK", "1")
     died = torchrun(command)
     assert died.returncode != 0
@@ -159,14 +181,14 @@ def test_parts_stay_until_the_uid_file_stands_whichever_rank_is_faster(pool):
 
 
 def test_ranks_without_a_shared_folder_send_what_the_first_lacks(pool):
-    assert main(arguments(pool, "one.npy")) == 0
+    assert main(arguments(pool, "one.npy", *DYNAMIC)) == 0
     apart = pool.parent / "apart.py"
     apart.write_text(
         "import os, sys\n"
         "from selectsampler.cli import main\n"
         "sys.exit(main([*sys.argv[1:], '--work', sys.argv[-1] + '.' + os.environ['RANK']]))\n"
     )
-    done = torchrun([str(apart), *arguments(pool, "two.npy", "--work", str(pool.parent / "work"))])
+    done = torchrun([str(apart), *arguments(pool, "two.npy", *DYNAMIC, "--work", str(pool.parent / "work"))])
     assert done.returncode == 0, done.stderr
     assert (pool.parent / "one.npy").read_bytes() == (pool.parent / "two.npy").read_bytes()
     assert all(any((pool.parent / f"work.{rank}").iterdir()) for rank in (0, 1))

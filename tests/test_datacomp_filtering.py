@@ -1,5 +1,6 @@
 """From files to uid files: equal to the definition, exact in size, whatever breaks, and on any number of threads."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -139,6 +140,45 @@ def test_the_published_combination_equals_its_definition(tmp_path):
     assert record["stages"][0]["batch_sizes"] == [600]
     assert record["s_clip_loss"]["group_size"] == 8
     assert not (tmp_path / "out.npy.work").exists()
+
+
+def test_the_provenance_has_the_digests_of_all_files_that_were_gone_by(tmp_path):
+    columns = write_pool(tmp_path / "pool", [60, 40])
+    np.save(tmp_path / "target.npy", columns["l14_img"][:9])
+    (tmp_path / "folder").mkdir()
+    np.save(tmp_path / "folder" / "a.npy", columns["l14_img"][:9])
+    write_uids(tmp_path / "dfn.npy", open_uids(columns["uid"]))
+    target, folder, within = (str(tmp_path / name) for name in ("target.npy", "folder", "dfn.npy"))
+    stages = [Stage("norm-sim", keep=0.5, target=target), Stage("image-based", target=folder, centroids=target)]
+    records = filter_pool(tmp_path / "pool", stages, within=within, **SMALL, work=tmp_path / "w").provenance["stages"]
+    digest = hashlib.sha256(Path(target).read_bytes()).hexdigest()
+    assert records[0]["sha256"] == {within: hashlib.sha256(Path(within).read_bytes()).hexdigest()}
+    assert records[1]["sha256"] == {target: digest}
+    assert records[2]["sha256"] == {f"{folder}/a.npy": digest, target: digest}
+
+
+def test_targets_words_centroids_and_other_filters_may_be_remote(tmp_path):
+    columns = write_pool(tmp_path / "pool", [60, 40])
+    np.save(tmp_path / "features.npy", columns["l14_img"][:9])
+    (tmp_path / "words.txt").write_text("photo\n")
+    write_uids(tmp_path / "dfn.npy", open_uids(columns["uid"][:80]))
+    save_file({"image": torch.from_numpy(columns["l14_img"])}, tmp_path / "images.safetensors")
+    memory = fsspec.filesystem("memory")
+    for name in ("features.npy", "words.txt", "dfn.npy", "images.safetensors"):
+        memory.pipe(f"memory://{tmp_path.name}/in/{name}", (tmp_path / name).read_bytes())
+
+    def uids(folder: str) -> np.ndarray:
+        features = f"{folder}/features.npy"
+        stages = [
+            *[Stage("norm-sim", keep=0.6, target=features), Stage("text-based", target=f"{folder}/words.txt")],
+            Stage("image-based", target=f"{folder}/images.safetensors", centroids=features),
+        ]
+        return filter_pool(tmp_path / "pool", stages, within=f"{folder}/dfn.npy", **SMALL, work=tmp_path / "w").uids
+
+    assert len(uids(str(tmp_path))) > 5
+    assert np.array_equal(uids(str(tmp_path)), uids(f"memory://{tmp_path.name}/in"))
+    with pytest.raises(FileNotFoundError, match="no memory://"):
+        uids(f"memory://{tmp_path.name}/nowhere")
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -363,6 +403,9 @@ def test_the_baselines_of_datacomp_keep_what_they_say(tmp_path):
         ({"score": "s-clip-loss", "keep": 0.2, "target": "t.npy"}, "s-clip-loss takes no target"),
         ({"score": "s-clip-loss", "keep": 0.2, "centroids": "c.npy"}, "s-clip-loss takes no centroids"),
         ({"score": "clip-score", "keep": 0.2, "p": 2}, "clip-score takes no p"),
+        ({"score": "clip-score", "keep": 0.2, "rounds": 2}, "clip-score takes no rounds"),
+        ({"score": "norm-sim-dynamic", "threshold": 0.2}, "norm-sim-dynamic needs keep"),
+        ({"score": "norm-sim-dynamic", "keep": 0.2, "rounds": 0}, "rounds is 0"),
     ],
 )
 def test_stages_that_make_no_sense_are_refused(arguments, message):

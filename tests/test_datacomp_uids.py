@@ -1,18 +1,37 @@
 """Uid files: whatever is written, DataComp's reader finds every sample in it as often as it stands there."""
 
+import hashlib
 import json
+import operator
+import os
 import pickle
+import subprocess
+import sys
 from collections import Counter
+from functools import reduce
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selectsampler.datacomp import UID, UidFilter, contains, format_uids, merge_uids, parse_uids, read_uids, write_uids
+from selectsampler.datacomp import (
+    UID,
+    UidFilter,
+    contains,
+    format_uids,
+    merge_uid_files,
+    merge_uids,
+    parse_uids,
+    read_uids,
+    uid_files,
+    write_uids,
+)
 
 FEW = [f"{number:032x}" for number in (0, 1, 2**63, 2**64 - 1, 2**64, 2**64 + 1, 2**127, 2**128 - 1)]
 uids_of_text = st.text("0123456789abcdef", min_size=32, max_size=32)
+MERGES = {"union": operator.or_, "intersection": operator.and_, "sum": operator.add}
 several = st.lists(st.sampled_from(FEW) | uids_of_text, max_size=30)
 
 
@@ -62,6 +81,73 @@ def test_merges_are_those_of_multisets(tmp_path_factory, files):
     for how, counter in expected.items():
         merged = merge_uids([folder / f"{number}.npy" for number in range(len(files))], how=how)
         assert format_uids(merged) == sorted(counter.elements())
+
+
+@settings(deadline=None, max_examples=40)
+@given(files=st.lists(several, min_size=1, max_size=4), block=st.integers(1, 40), how=st.sampled_from(sorted(MERGES)))
+def test_files_are_merged_in_blocks_of_any_size_into_what_numpy_would_save(tmp_path_factory, files, block, how):
+    folder = tmp_path_factory.mktemp("merge")
+    paths = [folder / f"{number}.npy" for number in range(len(files))]
+    for path, uids in zip(paths, files, strict=True):
+        np.save(path, parse_uids(uids))
+    expected = parse_uids(sorted(reduce(MERGES[how], map(Counter, files)).elements()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uid_files, "BLOCK", block)
+        assert merge_uid_files(paths, folder / "merged.npy", how) == len(expected)
+        write_uids(folder / "written.npy", parse_uids(files[0]), duplicates="drop")
+    assert np.array_equal(np.load(folder / "merged.npy"), expected)
+    assert format_uids(read_uids(folder / "written.npy")) == sorted(set(files[0]))
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", *[".npy"] * (len(files) + 2)]
+
+
+def test_a_merge_says_of_which_contents_it_is(tmp_path):
+    write_uids(tmp_path / "a.npy", parse_uids(FEW))
+    merge_uid_files([tmp_path / "a.npy"], tmp_path / "b.npy", "sum", keys=True)
+    digest = hashlib.sha256((tmp_path / "a.npy").read_bytes()).hexdigest()
+    record = json.loads((tmp_path / "b.json").read_text())
+    assert record == {"merge": "sum", "sha256": {str(tmp_path / "a.npy"): digest}}
+    assert (tmp_path / "b.keys.txt").read_text().split() == FEW
+
+
+def test_remote_uid_files_are_merged(tmp_path):
+    write_uids(tmp_path / "a.npy", parse_uids(FEW[:3]))
+    remote = f"memory://{tmp_path.name}/b.npy"
+    write_uids(tmp_path / "b.npy", parse_uids(FEW[2:4]))
+    fsspec.filesystem("memory").pipe(remote, (tmp_path / "b.npy").read_bytes())
+    assert format_uids(merge_uids([tmp_path / "a.npy", remote])) == FEW[:4]
+
+
+def test_uids_whose_first_halves_agree_are_in_the_order_of_the_second(tmp_path):
+    uids = parse_uids([f"{1:016x}{low:016x}" for low in (5, 3, 9)] + [FEW[0]])
+    assert format_uids(write_uids(tmp_path / "a.npy", uids)) == sorted(format_uids(uids))
+
+
+MERGE_MEMORY = """
+import sys
+from selectsampler.datacomp import merge_uid_files
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+
+merge_uid_files([sys.argv[1]], sys.argv[1] + ".first.npy", "union")
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+merge_uid_files(sys.argv[1:], sys.argv[1] + ".merged.npy", "union")
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux to reset the peak")
+def test_a_merge_takes_less_memory_than_its_files(tmp_path):
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        uids = np.sort(generator.integers(0, 2**63, size=4_000_000, dtype=np.uint64))
+        pairs = np.stack([uids, uids], axis=1)
+        np.save(tmp_path / f"{number}.npy", pairs.view(UID).reshape(-1))
+    files = [str(tmp_path / f"{number}.npy") for number in range(3)]
+    done = subprocess.run([sys.executable, "-c", MERGE_MEMORY, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 160  # the files hold 183 MiB, and took five times that
 
 
 def test_duplicates_are_treated_as_asked(tmp_path):
@@ -139,4 +225,6 @@ def test_a_url_is_refused_where_a_file_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="must be a local path"):
         write_uids("s3://bucket/a.npy", parse_uids(FEW))
+    with pytest.raises(ValueError, match="must be a local path"):  # before a file is looked at
+        merge_uid_files(["nowhere.npy"], "s3://bucket/a.npy")
     assert list(tmp_path.iterdir()) == []

@@ -188,7 +188,8 @@ from torch.nn.functional import normalize
 from selectsampler.scores.s_clip_loss_triton import slab_sums
 
 generator = torch.Generator().manual_seed(0)
-image, text = (torch.randn(n, 72, generator=generator).half() for n in (300, 140))
+# ragged in all three sizes, and more than one group of eight blocks of rows
+image, text = (torch.randn(n, 72, generator=generator).half() for n in (1150, 140))
 scales = (1 / (0.05 * image.float().norm(dim=1)), 1 / text.float().norm(dim=1))
 weights = (normalize(image.double(), dim=1) @ normalize(text.double(), dim=1).T / 0.05).exp()
 rows, columns = slab_sums(image, text, *scales)

@@ -12,13 +12,13 @@ import numpy as np
 
 from selectsampler.datacomp.files import check_local
 from selectsampler.datacomp.targets import digests_of
-from selectsampler.datacomp.uids import UID, first_unsorted, format_uids, map_uids, sort_uids
+from selectsampler.datacomp.uids import UID, block_of, first_unsorted, format_uids, map_uids, order_of, sort_uids
 from selectsampler.store import replace_atomically
 
 __all__ = ["DUPLICATES", "check_output", "count_uids", "merge_uid_files", "merge_uids", "write_uids"]
 
 DUPLICATES = ("keep", "drop", "refuse")
-BLOCK = 2**21  # uids that are sorted or merged at once, at some 100 bytes each
+BLOCK = 2**19  # uids of all files that are sorted or merged at once, at some 200 bytes each
 
 _MERGES = {"union": np.maximum, "intersection": np.minimum, "sum": np.add}
 
@@ -35,7 +35,8 @@ def write_uids(
 
     >>> write_uids("subset.npy", parse_uids(["ff" * 16, "00" * 16]))    # doctest: +SKIP
 
-    Beside the uids given it takes 200 MiB of RAM; more than 2 million are sorted on disk, beside the file.
+    Beside the uids given it takes 200 MiB of RAM: more than half a million that are not sorted are sorted on disk, next
+    to the file.
 
     Args:
         path: ends in `.npy`.
@@ -142,12 +143,12 @@ def _runs(uids: np.ndarray, folder: Path) -> list[np.ndarray]:
     if first_unsorted(uids) is None:
         return [uids]
     if len(uids) <= BLOCK:
-        return [sort_uids(np.asarray(uids))]
+        return [sort_uids(block_of(uids, 0, len(uids)))]
     runs: list[np.ndarray] = []
     number = len(list(folder.iterdir()))
     for first in range(0, len(uids), BLOCK):
         path = folder / f"{number + len(runs)}.npy"
-        np.save(path, sort_uids(np.asarray(uids[first : first + BLOCK])))
+        np.save(path, sort_uids(block_of(uids, first, min(first + BLOCK, len(uids)))))
         runs.append(np.load(path, mmap_mode="r"))
     return runs
 
@@ -156,28 +157,45 @@ Counted = tuple[np.ndarray, np.ndarray]
 """Distinct uids, sorted, and how often each stands there."""
 
 
+class _Run:
+    """Sorted uids that are taken once, from the lowest on; `window` is what comes next of them."""
+
+    def __init__(self, uids: np.ndarray, size: int) -> None:
+        self.uids, self.size, self.place = uids, size, 0
+        self._read()
+
+    def end_of_window(self) -> np.void | None:
+        """The last uid that was read, or None where it is the last of all."""
+        return self.window[-1] if self.place + len(self.window) < len(self.uids) else None
+
+    def take(self, limit: np.void | None) -> np.ndarray:
+        """Everything up to the limit, which may reach beyond the window if it repeats there; None: all."""
+        taken = []
+        while len(self.window):
+            end = len(self.window) if limit is None else int(np.searchsorted(self.window, limit, "right"))
+            taken.append(self.window[:end])
+            within = end < len(self.window)
+            self.place += end
+            self._read()
+            if within:
+                break
+        return np.concatenate(taken) if taken else self.window
+
+    def _read(self) -> None:
+        self.window = block_of(self.uids, self.place, min(self.place + self.size, len(self.uids)))
+
+
 def _merged(files: Sequence[Sequence[np.ndarray]], how: str) -> Iterator[Counted]:
     """Files, each of one or several sorted runs, merged block by block in the order of uids."""
-    positions = [[0] * len(runs) for runs in files]
     size = max(1, BLOCK // sum(len(runs) for runs in files))
-    while True:
-        # up to the lowest of what lies `size` ahead in each run, so that no uid is torn apart
-        ahead = [
-            run[min(place + size, len(run)) - 1]
-            for runs, places in zip(files, positions, strict=True)
-            for run, place in zip(runs, places, strict=True)
-            if place + size < len(run)
-        ]
-        limit = sort_uids(np.array(ahead, dtype=UID))[0] if ahead else None
-        blocks = []
-        for runs, places in zip(files, positions, strict=True):
-            ends = [len(run) if limit is None else int(np.searchsorted(run, limit, "right")) for run in runs]
-            parts = [np.asarray(run[first:end]) for run, first, end in zip(runs, places, ends, strict=True)]
-            blocks.append(_counted(parts[0] if len(parts) == 1 else sort_uids(np.concatenate(parts))))
-            places[:] = ends
-        yield _merge(blocks, how)
-        if limit is None:
-            return
+    opened = [[_Run(uids, size) for uids in runs] for runs in files]
+    everything = [run for runs in opened for run in runs]
+    while any(len(run.window) for run in everything):
+        # up to the lowest end of a window that more follows, so that no uid comes in two blocks
+        ends = [end for run in everything if (end := run.end_of_window()) is not None]
+        limit = sort_uids(np.array(ends, dtype=UID))[0] if ends else None
+        taken = ([run.take(limit) for run in runs] for runs in opened)
+        yield _merge([_counted(p[0] if len(p) == 1 else sort_uids(np.concatenate(p))) for p in taken], how)
 
 
 def _merge(files: Sequence[Counted], how: str) -> Counted:
@@ -185,7 +203,7 @@ def _merge(files: Sequence[Counted], how: str) -> Counted:
     if len(files) == 1:
         return files[0]
     uids, counts = (np.concatenate(column) for column in zip(*files, strict=True))
-    order = np.lexsort((uids["f1"], uids["f0"]))
+    order = order_of(uids)
     everything, holders = _counted(uids[order])
     if not len(everything):
         return everything, holders

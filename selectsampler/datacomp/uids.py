@@ -12,17 +12,19 @@ from selectsampler.datacomp.files import is_url, local_copy
 __all__ = [
     "UID",
     "UidFilter",
+    "block_of",
     "contains",
     "first_unsorted",
     "format_uids",
     "map_sorted_uids",
     "map_uids",
+    "order_of",
     "parse_uids",
     "read_uids",
     "sort_uids",
 ]
 
-BLOCK = 2**22
+BLOCK = 2**20  # uids that are looked at at once
 
 UID = np.dtype("u8,u8")
 """A uid of 32 hex digits: its first 16 and its last 16 as numbers."""
@@ -65,7 +67,15 @@ def format_uids(uids: np.ndarray) -> list[str]:
 
 def sort_uids(uids: np.ndarray) -> np.ndarray:
     """(n,), `UID`: in the order that DataComp's readers search in, first half before second half, both unsigned."""
-    return uids[np.lexsort((uids["f1"], uids["f0"]))]
+    return uids[order_of(uids)]
+
+
+def order_of(uids: np.ndarray) -> np.ndarray:
+    """(n,), int64: the rows of uids in that order; quick where stretches are sorted."""
+    order = np.argsort(uids["f0"], kind="stable")
+    high, low = uids["f0"][order], uids["f1"][order]
+    torn = (high[1:] == high[:-1]) & (low[1:] < low[:-1])  # rare: first halves alone hardly ever agree
+    return np.lexsort((uids["f1"], uids["f0"])) if torn.any() else order
 
 
 def contains(uids: np.ndarray, asked: np.ndarray) -> np.ndarray:
@@ -115,10 +125,17 @@ def map_uids(path: Path | str) -> np.ndarray:
     return uids
 
 
+def block_of(uids: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Some uids, of an array or of a whole memory map, past which they are read, so that RAM does not fill with it."""
+    if not isinstance(uids, np.memmap) or uids.filename is None:
+        return np.asarray(uids[first:last])
+    return np.fromfile(uids.filename, UID, last - first, offset=uids.offset + first * UID.itemsize)
+
+
 def first_unsorted(uids: np.ndarray) -> int | None:
     """The first entry that is lower than the one before it, or None."""
     for first in range(0, max(0, len(uids) - 1), BLOCK):
-        block = np.asarray(uids[first : first + BLOCK + 1])
+        block = block_of(uids, first, min(first + BLOCK + 1, len(uids)))
         high, low = block["f0"], block["f1"]
         wrong = (high[1:] < high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] < low[:-1]))
         if wrong.any():
