@@ -215,6 +215,7 @@ def test_what_an_exposure_does_to_the_levels_is_seen():
     assert darker["clipped_black"] > plain["clipped_black"] + 1
     assert lighter["deepest"] == pytest.approx(plain["deepest"] + 90 / 255, abs=0.01)
     assert darker["palest"] == pytest.approx(plain["palest"] - 90 / 255, abs=0.01)
+    assert plain["deepest"] > plain["luma_2"]  # the largest channel of dark pixels, not their smallest
     assert gained["comb"] > 1.5 * plain["comb"]
 
 
