@@ -39,7 +39,7 @@ def main() -> None:
         "--target", help="ViT-L/14 features of the downstream tasks' training images (.npy or a folder)"
     )
     parser.add_argument("--out", type=Path, default=Path("datacomp"), help="folder for the uid files (%(default)s)")
-    parser.add_argument("--within", type=Path, help="uid file of another filter to combine with, as DFN's or HYPE's")
+    parser.add_argument("--within", help="uid file of another filter to combine with, as DFN's or HYPE's")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

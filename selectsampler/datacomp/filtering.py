@@ -85,7 +85,8 @@ def filter_pool(
         seed: of the batches of s-CLIPLoss.
         group_size: how many shards, at least, are dealt into batches together; drawn anew each repetition. It does not
             depend on the number of ranks, and changes scores slightly. Their files should fit in the page cache.
-        within: a uid file; only these can be kept, as if it were the first stage. Fractions stay fractions of the pool.
+        within: a uid file, local or any fsspec URL; only these can be kept, as if it were the first stage.
+            Fractions stay fractions of the pool.
         duplicates: of uids, as `write_uids` takes it.
         keys: write the allow-list `.keys.txt`.
         skip_broken: go on without shards that cannot be read, and list them in the provenance.
@@ -158,9 +159,8 @@ class _Filtering:
         candidates = np.ones(pool.rows, dtype=bool)
         records: list[dict[str, Any]] = []
         if self.within is not None:
-            described = {"score": "within", "file": str(self.within)}
-            kept = self._within(pool, candidates, self.within)
-            candidates = _agreed(kept, described, [self.within], records, pool.rows)
+            described, inputs = {"score": "within", "file": str(self.within)}, [self.within]
+            candidates = _agreed(self._within(pool, candidates, self.within), described, inputs, records, pool.rows)
         for stage in stages:
             inputs = [path for path in (stage.target, stage.centroids) if path is not None]
             candidates = _agreed(self._kept(pool, stage, candidates), stage.described(), inputs, records, pool.rows)
