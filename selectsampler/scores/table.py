@@ -264,17 +264,23 @@ def _intactness(source: Embeddings, seed: int) -> dict[str, Tensor]:
 
 def _trust(source: Embeddings, seed: int, *, progress: bool) -> Trust:
     """Trust of the readable images; 0 for the others."""
-    readable = torch.arange(len(source)) if source.readable is None else source.readable.nonzero()[:, 0]
-    rows = readable.to(source.labels.device)
-    trust = label_trust(
-        source.image[rows],
-        source.text,
-        source.labels[rows],
-        folds=min(5, len(rows)),
-        class_names=source.class_names,
-        seed=seed,
-        progress=progress,
-    )
+
+    def judged(images: Tensor, labels: Tensor) -> Trust:
+        return label_trust(
+            images,
+            source.text,
+            labels,
+            temperature=source.temperature,
+            folds=min(5, len(labels)),
+            class_names=source.class_names,
+            seed=seed,
+            progress=progress,
+        )
+
+    if source.readable is None:
+        return judged(source.image, source.labels)
+    rows = source.readable.nonzero()[:, 0].to(source.labels.device)
+    trust = judged(source.image[rows], source.labels[rows])
     probability = torch.zeros(len(source), device=source.image.device)
     probability[rows] = trust.probability
     return replace(trust, probability=probability)

@@ -16,14 +16,16 @@ from selectsampler.validation import check_features, check_labels
 
 __all__ = ["Trust", "label_trust"]
 
-STEPS, ROUNDS, BATCH = 150, 4, 1024  # of every head: steps a round, rounds, samples a step
+STEPS, ROUNDS, BATCH = 100, 3, 1024  # of every head: steps a round, rounds, samples a step
 LEARNING_RATE = 0.02
 SHRINKAGE = 2.0  # weighs |W|^2 / n: a Gaussian prior around the zero-shot classifier
 EIGENVALUE_FLOOR = 1e-3  # of the largest: directions without variance are not blown up
 ANCHORS = 0.06  # of a class's mean size: its anchors, the samples that are surest to be of it
-SURER = 1.25  # exponent of the anchors' posterior: where they are surest, shrunken heads are not sure enough
 STANDS_OUT = 3.0  # standard deviations by which a confusion exceeds the background before it counts as one of its own
-REFERENCES, NEIGHBOURS, BANDWIDTH = 8192, 50, 0.1
+PASSES = 8  # of expectation and maximisation, for the last transition matrix
+EVEN_GAIN = 0.08  # over the prompts, as a share of what is better than chance: there data and prompts count alike
+REFERENCES, NEIGHBOURS, BANDWIDTH = 4096, 50, 0.1
+NEGLIGIBLE = 0.02  # a weight of the neighbours that is not worth looking them up
 BLOCK = 2**23  # logits that are held at once
 
 
@@ -51,6 +53,7 @@ def label_trust(
     text_features: Tensor,
     labels: Tensor,
     *,
+    temperature: float | None = None,
     folds: int = 5,
     class_names: Sequence[str] | None = None,
     seed: int = 0,
@@ -62,31 +65,40 @@ def label_trust(
     >>> trust.probability[:3], trust.noise_rate                                           # doctest: +SKIP
     (tensor([0.9993, 0.0021, 0.9871]), 0.198)
 
-    The true class z of an image is hidden, and its label y is drawn from row z of a transition matrix T. The posterior
-    p(z | image) is a softmax that starts as the zero-shot classifier (cosine / temperature, the temperature fitted), to
-    which a linear head on the whitened features is added. Heads are trained through T, by the likelihood of the labels
-    as given, log sum_z p(z | image) T[z, y], so that they learn true classes from noisy labels; each sample is judged
-    by the head that never saw its label. T is read off the anchors, the samples that are surest of each class: what
-    they are labelled, less what the head's own doubt explains; confusions that do not stand out share one rate. In the
-    end the posteriors of the head and of the nearest neighbours are combined, and
+    The true class z of an image is hidden, and its label y is drawn from row z of a transition matrix T. Three kinds of
+    evidence speak for z:
+
+    - the prompts: zero-shot classification, a softmax of cosine / temperature, which no wrong label has ever touched;
+    - heads: linear classifiers on the whitened features, added to the zero-shot one and trained through T by the
+      likelihood of the labels as given, log sum_z p(z | image) T[z, y], so that they learn true classes from noisy
+      labels (arXiv 1609.03683); each sample is judged by the head that never saw its label. For their training T is
+      read off the anchors, the samples that are surest of each class: what they are labelled;
+    - the classes of near neighbours, their own labels judged by the heads.
+
+    Heads and neighbours are weighed so that the labels are likeliest. How far they outweigh the prompts is not left to
+    likelihood: noise that follows the image is predictable from it, so that whoever learns the noise makes the labels
+    likelier. But as long as most labels of images alike are right, it cannot change which class comes first. So what
+    counts is how much oftener their first class is the label than the prompts' is, g = (a - a_prompts) / (a - 1 / C):
+    log p(z | image) weighs them by g^2 / (g^2 + 0.08^2) and the prompts by the rest. Then T is taken anew, from all
+    samples by expectation and maximisation; confusions that do not stand out share one rate. In the end
 
         trust = P(z = y | image, y) = p(y | image) T[y, y] / sum_z p(z | image) T[z, y].
 
-    Training through a transition matrix is that of arXiv 1609.03683, which also reads it off anchors. Where neither
-    CLIP nor the data tell classes apart, what is ambiguous by nature counts as noise in part; where wrong labels depend
-    on the image itself and not on its class alone, the ranking holds, but less noise is reported than there is.
+    Where neither CLIP nor the data tell classes apart, what is ambiguous by nature counts as noise in part. Where
+    people confuse what CLIP confuses, the ranking holds, but less noise is reported than there is.
 
     Args:
         image_features: (N, D), floating point, of any length but zero; their directions count, in float32.
         text_features: (C, D), one prompt a class, on the same device.
         labels: (N,), int64, in [0, C), as given.
+        temperature: that CLIP was trained with (`Embeddings.temperature`); fitted to the labels where it is not known.
         folds: F, from 2 to N.
         class_names: C names, for the warning.
         seed: of folds, batches and references.
         progress: show a bar on a terminal if it takes longer than two seconds.
 
     Returns:
-        `Trust`. Memory beyond the features: the features of 8,192 samples, and logits in blocks of 32 MiB.
+        `Trust`. Memory beyond the features: the features of 4,096 samples, and logits in blocks of 32 MiB.
 
     Raises:
         ValueError: if shapes, dtypes or labels do not fit, a feature is zero, or there are fewer than two classes.
@@ -103,13 +115,22 @@ def label_trust(
         data = Data(image_features, text_features, labels)
         unknown = _unknown_classes(data, class_names)
         transition = _uniform(classes, 0.1).to(labels.device)
-        heads = _Heads(data, folds, seed)
-        heads.fit_temperature(transition, data.some(seed))
+        heads = _Heads(data, _fitted_temperature(data, transition, seed), folds, seed)
         with progress_bar("trust", ROUNDS * STEPS, unit="step", show=progress) as bar:
             for number in range(ROUNDS):
                 heads.train(transition, seed=(seed, number), advance=bar.update)
-                transition = _transition(data, heads, with_doubt=number == ROUNDS - 1)
-        probability = _combined(data, heads, transition, seed)
+                transition = _anchored_transition(data, heads)
+        if temperature is None:
+            temperature = _fitted_temperature(data, transition, seed)
+        evidence = _Evidence(data, heads, temperature, unknown)
+        evidence.weigh(transition, seed)
+        transition = _transition(data, evidence, transition, seed)
+        probability = torch.cat(
+            [
+                _of_label(_given_labels(evidence.logits(rows), transition, labels[rows]), labels[rows])
+                for rows in data.blocks()
+            ]
+        )
     wrong = 1 - probability
     counts = torch.bincount(labels, minlength=classes)
     class_noise = torch.zeros(classes, device=labels.device).index_add_(0, labels, wrong) / counts
@@ -144,7 +165,7 @@ class Data:
 
     def some(self, seed: int) -> Tensor:
         """Rows to fit scalars to: as many as have room in one block, drawn at random, ascending."""
-        count = min(len(self), 20_000, BLOCK // self.classes)
+        count = min(len(self), 10_000, BLOCK // self.classes)
         return _drawn(len(self), count, (seed, 1)).to(self.labels.device)
 
     def _whiten(self) -> tuple[Tensor, Tensor]:
@@ -168,8 +189,8 @@ class Data:
 class _Heads:
     """F linear classifiers side by side, each blind to the labels of its fold."""
 
-    def __init__(self, data: Data, folds: int, seed: int) -> None:
-        self.data = data
+    def __init__(self, data: Data, temperature: float, folds: int, seed: int) -> None:
+        self.data, self.temperature = data, temperature
         order = torch.from_numpy(np.random.default_rng([seed, folds]).permutation(len(data)))
         self.fold = torch.empty(len(data), dtype=torch.int64)
         self.fold[order] = torch.arange(len(data)) % folds
@@ -179,12 +200,6 @@ class _Heads:
         self.weight = torch.zeros(folds, dim, classes, device=device)  # on whitened features
         self.bias = torch.zeros(folds, classes, device=device)
         self.trust_in_prompts = torch.ones(folds, classes, device=device)
-        self.temperature = 1.0
-
-    def fit_temperature(self, transition: Tensor, rows: Tensor) -> None:
-        """Set the temperature of the zero-shot classifier to the one under which the labels are likeliest."""
-        cosines = self.data.directions(rows) @ self.data.text.T
-        self.temperature = 1 / float(_fitted([cosines], transition, self.data.labels[rows], start=20.0)[0])
 
     def logits(self, rows: Tensor) -> Tensor:
         """(b, C): of each row by the head that did not see its label."""
@@ -249,25 +264,46 @@ def _unknown_classes(data: Data, class_names: Sequence[str] | None) -> tuple[int
     return unknown
 
 
-def _transition(data: Data, heads: _Heads, *, with_doubt: bool) -> Tensor:
+def _fitted_temperature(data: Data, transition: Tensor, seed: int) -> float:
+    """The temperature of the zero-shot classifier under which the labels are likeliest."""
+    rows = data.some(seed)
+    cosines = data.directions(rows) @ data.text.T
+    start = torch.full((1,), math.log(20.0), device=rows.device)
+    return 1 / float(_likeliest(start, lambda log: log.exp() * cosines, transition, data.labels[rows]).exp())
+
+
+def _anchored_transition(data: Data, heads: _Heads) -> Tensor:
     """(C, C): the transition matrix, from the labels of the anchors."""
     anchors = _anchors(data, heads)
-    classes, (per_class, _) = data.classes, anchors.shape
-    counts = one_hot(data.labels[anchors.T], classes).sum(dim=1).float()  # of anchors of z labelled y
-    total = float(per_class)
-    own = torch.eye(classes, dtype=torch.bool, device=counts.device)
-    explained = torch.zeros_like(counts)
-    if with_doubt:  # anchors that are not of their class carry right labels of another
-        for number, rows in enumerate(anchors.T):
-            posterior = (SURER * heads.logits(rows)).softmax(dim=1).mean(dim=0)
-            explained[number] = posterior * counts[number, number]
-    excess = (counts - explained).masked_fill(own, 0)
+    counts = one_hot(data.labels[anchors.T], data.classes).sum(dim=1).float()  # of anchors of z labelled y
+    return _without_chance(counts, torch.zeros_like(counts))
+
+
+def _transition(data: Data, evidence: "_Evidence", transition: Tensor, seed: int) -> Tensor:
+    """(C, C): the transition matrix under which the labels are likeliest, the evidence for true classes being given."""
+    rows = data.some(seed)
+    logits, labels = evidence.logits(rows), data.labels[rows]
+    for _ in range(PASSES):
+        posterior = _given_labels(logits, transition, labels)
+        counts, variance = (  # of samples of z labelled y
+            torch.zeros_like(transition).index_add_(1, labels, values.T)
+            for values in (posterior, posterior * (1 - posterior))
+        )
+        transition = _without_chance(counts, variance)
+    return transition
+
+
+def _without_chance(counts: Tensor, variance: Tensor) -> Tensor:
+    """(C, C), rows sum to 1: shares of counts, (C, C); off the diagonal, what does not stand out shares one rate."""
+    own = torch.eye(len(counts), dtype=torch.bool, device=counts.device)
+    sizes = counts.sum(dim=1, keepdim=True).clamp(min=1e-9).expand_as(counts)
     apart = torch.zeros_like(own)
     for _ in range(6):  # the background is what does not stand out from it
         rest = ~(apart | own)
-        background = (excess[rest].sum() / rest.sum().clamp(min=1)).clamp(min=0)
-        apart = (excess > background + STANDS_OUT * (background + explained + 0.5).sqrt()) & ~own
-    wrong = torch.where(apart, excess, background).masked_fill(own, 0) / total
+        background = counts[rest].sum() / sizes[rest].sum().clamp(min=1e-9)
+        expected = background * sizes
+        apart = (counts > 1.5 * expected + STANDS_OUT * (expected + variance + 0.5).sqrt()) & ~own
+    wrong = torch.where(apart, counts / sizes, background).masked_fill(own, 0)
     wrong = wrong / (wrong.sum(dim=1, keepdim=True) / 0.95).clamp(min=1)
     return wrong + torch.diag(1 - wrong.sum(dim=1))
 
@@ -285,24 +321,58 @@ def _anchors(data: Data, heads: _Heads) -> Tensor:
     return rows_of
 
 
-def _combined(data: Data, heads: _Heads, transition: Tensor, seed: int) -> Tensor:
-    """(N,): trust, from the posteriors of heads and neighbours, weighed so that the labels are likeliest."""
-    neighbours = _Neighbours(data, heads, transition, seed)
+class _Evidence:
+    """What speaks for the classes of an image: the data's own evidence, of heads and neighbours, and the prompts."""
 
-    def evidence(rows: Tensor) -> list[Tensor]:
-        return [heads.logits(rows).log_softmax(dim=1), neighbours.log_posterior(rows)]
+    def __init__(self, data: Data, heads: _Heads, temperature: float, unknown: tuple[int, ...]) -> None:
+        self.data, self.heads, self.temperature, self.unknown = data, heads, temperature, list(unknown)
 
-    rows = data.some(seed)
-    weights = _fitted(evidence(rows), transition, data.labels[rows])
-    probability = torch.empty(len(data), device=data.labels.device)
-    for rows in data.blocks():
-        logits = sum(weight * part for weight, part in zip(weights, evidence(rows), strict=True))
-        probability[rows] = _of_label(_given_labels(logits, transition, data.labels[rows]), data.labels[rows])
-    return probability
+    def weigh(self, transition: Tensor, seed: int) -> None:
+        """Weigh heads against neighbours by the likelihood of the labels, and both against prompts by their hits."""
+        self.neighbours = _Neighbours(self.data, self.heads, transition, seed)
+        rows = self.data.some(seed)
+        labels = self.data.labels[rows]
+        parts = torch.stack([self.heads.logits(rows).log_softmax(dim=1), self.neighbours.log_posterior(rows)])
+        even = torch.zeros(2, device=rows.device)
+        weights = _likeliest(
+            even, lambda weights: torch.tensordot(weights.softmax(dim=0), parts, dims=1), transition, labels
+        )
+        self.of_neighbours = float(weights.softmax(dim=0)[1])
+        own = self._own(rows)
+        hits, hits_of_prompts = (
+            float((posterior.argmax(dim=1) == labels).float().mean()) for posterior in (own, self._prompts(rows, own))
+        )
+        gain = max(0.0, hits - hits_of_prompts) / max(hits - 1 / self.data.classes, 1e-6)
+        self.share = gain**2 / (gain**2 + EVEN_GAIN**2)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """(b, C): log p(z | image) up to a constant, by what did not see the label."""
+        own = self._own(rows)
+        return self.share * own + (1 - self.share) * self._prompts(rows, own)
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """(b, C): the log posterior of heads and neighbours."""
+        heads = self.heads.logits(rows).log_softmax(dim=1)
+        if self.of_neighbours < NEGLIGIBLE:
+            return heads
+        neighbours = self.neighbours.log_posterior(rows)
+        return torch.lerp(heads, neighbours, self.of_neighbours).log_softmax(dim=1)
+
+    def _prompts(self, rows: Tensor, own: Tensor) -> Tensor:
+        """(b, C): the log posterior of zero-shot classification; of classes that CLIP does not know, `own`."""
+        logits = self.data.directions(rows) @ self.data.text.T / self.temperature
+        if not self.unknown:
+            return logits.log_softmax(dim=1)
+        unknown = own[:, self.unknown]
+        known = torch.log1p(-unknown.exp().sum(dim=1, keepdim=True).clamp(max=1 - 1e-6))
+        logits[:, self.unknown] = -torch.inf
+        logits = logits.log_softmax(dim=1) + known
+        logits[:, self.unknown] = unknown
+        return logits
 
 
 class _Neighbours:
-    """The classes of an image's nearest neighbours among some references, their own labels judged first."""
+    """The classes of an image's nearest neighbours among references, whose labels are judged by the heads first."""
 
     def __init__(self, data: Data, heads: _Heads, transition: Tensor, seed: int) -> None:
         self.data = data
@@ -328,23 +398,20 @@ class _Neighbours:
         return ((mean + doubt / self.data.classes) / (1 + doubt)).log()
 
 
-def _fitted(evidence: Sequence[Tensor], transition: Tensor, labels: Tensor, *, start: float | None = None) -> Tensor:
-    """Positive weights of the evidence, (M,), under whose weighted sum as logits the labels are likeliest."""
-    parts = torch.stack(list(evidence))
-    first = 1 / len(parts) if start is None else start
-    log_weights = torch.full((len(parts),), math.log(first), device=labels.device, requires_grad=True)
+def _likeliest(parameters: Tensor, logits: Callable[[Tensor], Tensor], transition: Tensor, labels: Tensor) -> Tensor:
+    """The parameters, (M,), found from those given, with whose logits the labels are likeliest."""
+    parameters = parameters.clone().requires_grad_()
     columns = transition.T[labels]
-    optimizer = torch.optim.LBFGS([log_weights], max_iter=30, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([parameters], max_iter=30, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        posterior = torch.tensordot(log_weights.exp(), parts, dims=1).softmax(dim=1)
-        loss = -(posterior * columns).sum(dim=1).clamp(min=1e-9).log().mean()
+        loss = -(logits(parameters).softmax(dim=1) * columns).sum(dim=1).clamp(min=1e-9).log().mean()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return log_weights.detach().exp()
+    return parameters.detach()
 
 
 def _given_labels(logits: Tensor, transition: Tensor, labels: Tensor) -> Tensor:
