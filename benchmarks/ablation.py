@@ -18,48 +18,55 @@ from typing import Any
 
 import numpy as np
 import torch
-from baselines import zero_shot_probability
 from common import interval, pool
 from selectsampler.recipes import cifar, noise
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import selectsampler as ss
+from selectsampler.selection import DEFAULT_WEIGHTS
 
-UPDATES = 400
-TRUST, DIVERSE = {"trust": 1.0}, {"trust": 1.0, "trusted_diversity": 0.02}
-MORE_DIVERSE = {"trust": 1.0, "trusted_diversity": 0.05}
+UPDATES = 300
+ALL = ("semantic_alignment", "sample_diversity", "trust", "trusted_diversity", "intactness")
+PAPER = ss.presets.paper["select"]["score_weights"]
 
 
 class Data:
     """One noise and seed: embeddings with these labels, and the scores that the methods share."""
 
-    def __init__(self, embeddings: ss.Embeddings, spec: str, kept: float, seed: int) -> None:
-        self.truth, self.kept, self.seed = embeddings.labels, kept, seed
+    def __init__(self, embeddings: ss.Embeddings, spec: str, seed: int) -> None:
+        self.truth, self.seed, self.kept = embeddings.labels, seed, 0.5
         labels = noise.apply(spec, self.truth, classes=len(embeddings.class_names), seed=seed)
         self.embeddings = embeddings.with_labels(labels)
-        start = time.perf_counter()
-        self.scores = ss.score(self.embeddings, seed=seed)
-        self.seconds = time.perf_counter() - start
         self.order = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(labels)))
+        self._scores: dict[str, ss.Scores] = {}
 
     @property
     def count(self) -> int:
         return int(self.kept * len(self.truth))
 
-    def select(self, **options: Any) -> Tensor:
+    def scores(self, adapters: str) -> ss.Scores:
+        """All scores, by embeddings with such adapters, made once."""
+        if adapters not in self._scores:
+            adapted = ss.adapt(self.embeddings, method=adapters, seed=self.seed)
+            self._scores[adapters] = ss.score(adapted, columns=ALL, scaling="min_max", seed=self.seed)
+        return self._scores[adapters]
+
+    def select(self, weights: dict[str, float], *, adapters: str = "info_nce", **options: Any) -> Tensor:
+        """The paper's selection, but for what is given."""
         if options.get("method") == "group":
             options["image_features"] = self.embeddings.image
-        return ss.select(self.scores, str(self.kept), seed=self.seed, **options).indices
+        scores = self.scores(adapters)
+        return ss.select(scores, str(self.kept), score_weights=weights, seed=self.seed, **options).indices
 
-    def zero_shot(self) -> Tensor:
-        return ss.select(zero_shot_probability(self.embeddings), str(self.kept)).indices
+    def ours(self, *, balance: Any = "auto", **weights: float) -> Tensor:
+        """The default selection with other weights."""
+        return self.select(DEFAULT_WEIGHTS | weights, adapters="none", balance=balance)
 
-    def adapted(self, method: str) -> Tensor:
-        preset = ss.presets.paper
-        adapted = ss.adapt(self.embeddings, seed=self.seed, method=method)
-        scores = ss.score(adapted, **preset["score"])
-        return ss.select(scores, str(self.kept), score_weights=preset["select"]["score_weights"]).indices
+    def covering(self, weight: float) -> Tensor:
+        """The default selection with coverage in place of diversity."""
+        weights = DEFAULT_WEIGHTS | {"trusted_diversity": 0.0}
+        return self.select(weights, adapters="none", balance="auto", method="group", coverage_weight=weight)
 
     def clean(self) -> Tensor:
         right = self.embeddings.labels == self.truth
@@ -68,15 +75,24 @@ class Data:
 
 METHODS: dict[str, Callable[[Data], Tensor]] = {
     "random": lambda data: data.order[: data.count],
-    "the paper": lambda data: data.adapted("info_nce"),
-    "the paper, cross_fit adapters": lambda data: data.adapted("cross_fit"),
-    "the paper, no adapters": lambda data: data.adapted("none"),
-    "zero-shot probability": Data.zero_shot,
-    "trust": lambda data: data.select(score_weights=TRUST, balance=None),
-    "trust, quotas": lambda data: data.select(score_weights=TRUST),
-    "trust, quotas, diversity 0.02": lambda data: data.select(score_weights=DIVERSE),
-    "trust, quotas, diversity 0.05": lambda data: data.select(score_weights=MORE_DIVERSE),
-    "trust, quotas, coverage 0.05": lambda data: data.select(score_weights=TRUST, method="group", coverage_weight=0.05),
+    "the paper": lambda data: data.select(PAPER),
+    "the paper, no adapters": lambda data: data.select(PAPER, adapters="none"),
+    "the paper, cross_fit adapters": lambda data: data.select(PAPER, adapters="cross_fit"),
+    "the paper, quotas": lambda data: data.select(PAPER, balance="trusted"),
+    "the paper, trust for alignment": lambda data: data.select({"trust": 1.0, "sample_diversity": 0.1}),
+    "the paper, trusted diversity": lambda data: data.select({"semantic_alignment": 1.0, "trusted_diversity": 0.1}),
+    "the paper, intactness": lambda data: data.select(PAPER | {"intactness": 1.0}),
+    "the paper, coverage": lambda data: data.select(PAPER, method="group", coverage_weight=0.1),
+    "ours": lambda data: data.ours(),
+    "ours, no quotas": lambda data: data.ours(balance=None),
+    "ours, no diversity": lambda data: data.ours(trusted_diversity=0.0),
+    "ours, no intactness": lambda data: data.ours(intactness=0.0),
+    "ours, diversity 0.02": lambda data: data.ours(trusted_diversity=0.02),
+    "ours, diversity 0.05": lambda data: data.ours(trusted_diversity=0.05),
+    "ours, diversity 0.1": lambda data: data.ours(trusted_diversity=0.1),
+    "ours, coverage 0.02": lambda data: data.covering(0.02),
+    "ours, coverage 0.05": lambda data: data.covering(0.05),
+    "ours, coverage 0.1": lambda data: data.covering(0.1),
     "clean labels, random": Data.clean,
 }
 
@@ -99,40 +115,37 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(arguments.seeds):
         for spec in arguments.noise:
-            for kept in arguments.kept:
-                for row in measure(images, embeddings, spec, kept, seed, arguments.methods, results["rows"]):
+            data = Data(embeddings, spec, seed)
+            for data.kept in arguments.kept:
+                for row in measure(images, data, spec, arguments.methods, results["rows"]):
                     results["rows"].append(row)
                     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text(table(results))
     print(table(results))
 
 
-def measure(
-    images: Any, embeddings: ss.Embeddings, spec: str, kept: float, seed: int, methods: list[str], rows: list[Any]
-) -> Any:
+def measure(images: Any, data: Data, spec: str, methods: list[str], rows: list[Any]) -> Any:
     """The rows that are missing, one after another."""
-    done = {row["method"] for row in rows if (row["noise"], row["kept"], row["seed"]) == (spec, kept, seed)}
+    here = (spec, data.kept, data.seed)
+    done = {row["method"] for row in rows if (row["noise"], row["kept"], row["seed"]) == here}
     missing = [name for name in methods if name not in done]
-    if not missing:
-        return
-    data = Data(embeddings, spec, kept, seed)
     protocol = replace(cifar.QUICK, updates=UPDATES)
     for name in missing:
         start = time.perf_counter()
         selected = METHODS[name](data)
         selecting = time.perf_counter() - start
-        sampler = ss.SelectSampler(selected, seed=seed)
-        trained = cifar.train(images, data.embeddings.labels, sampler, protocol, seed=seed, description=name)
+        sampler = ss.SelectSampler(selected, seed=data.seed)
+        trained = cifar.train(images, data.embeddings.labels, sampler, protocol, seed=data.seed, description=name)
         right = (data.embeddings.labels == data.truth)[selected]
         yield {
             "noise": spec,
-            "kept": kept,
-            "seed": seed,
+            "kept": data.kept,
+            "seed": data.seed,
             "method": name,
             "accuracy": 100 * trained.accuracy,
             "wrong": 100 * float(1 - right.float().mean()),
             "coverage": coverage(data, selected[right]),
-            "seconds": {"score": data.seconds, "select": selecting, "train": trained.seconds},
+            "seconds": {"score and select": selecting, "train": trained.seconds},
         }
 
 

@@ -68,7 +68,9 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> list[dict[str, A
     truth = embeddings.labels
     labels = noise.apply(spec, truth, classes=len(embeddings.class_names), seed=seed)
     start = time.perf_counter()
-    trust = label_trust(embeddings.image, embeddings.text, labels, seed=seed, progress=False)
+    trust = label_trust(
+        embeddings.image, embeddings.text, labels, temperature=embeddings.temperature, seed=seed, progress=False
+    )
     seconds = time.perf_counter() - start
     methods = utilities(embeddings, labels, trust, seed)
     judge = Judge(embeddings, labels, seed)

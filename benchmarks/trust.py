@@ -5,8 +5,9 @@
 Files 0000 to 2499 of each class of CIFAR-10's training set (the CLIP that the committed results were made with was
 pretrained on the others), as they are and with inverted colours, where that CLIP is off its domain. AUROC of right over
 wrong labels: by the zero-shot posterior of the label, by a cross-validated linear head trained on the labels as given,
-and by trust; trust's expected calibration error in 15 bins; the noise rate that it estimates. Interrupted, the same
-command goes on with what is missing.
+and trust; trust's expected calibration error in 15 bins; the noise rate that it estimates. `instance` noise follows
+the very features that trust sees; `confusable` noise is that of a poor observer, who sees cheap image statistics only.
+Interrupted, the same command goes on with what is missing.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from selectsampler.scores import label_trust
 
 DOMAINS = {"as they are": None, "colours inverted": ImageOps.invert}
 NOISES = ("none", "symmetric:0.1", "symmetric:0.2", "symmetric:0.4", "symmetric:0.6", "asymmetric:0.4", "pair:0.3",
-          "instance:0.4")  # fmt: skip
+          "instance:0.2", "instance:0.4", "confusable:0.2", "confusable:0.4")  # fmt: skip
 EVIDENCE = ("zero-shot", "linear head", "trust")
 
 
@@ -65,12 +66,17 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> dict[str, Any]:
     labels = truth
     if spec != "none":
         standard = (directions - directions.mean(dim=0)) / directions.std(dim=0)
-        labels = noise.apply(spec, truth, classes=len(embeddings.class_names), seed=seed, features=standard)
+        if spec.startswith("confusable"):
+            labels = confusable(truth, embeddings.image_statistics, float(spec.partition(":")[2]), seed)
+        else:
+            labels = noise.apply(spec, truth, classes=len(embeddings.class_names), seed=seed, features=standard)
     right = labels == truth
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes that this CLIP does not know: inverted, there are some
-        trust = label_trust(embeddings.image, embeddings.text, labels, seed=seed, progress=False)
+        trust = label_trust(
+            embeddings.image, embeddings.text, labels, temperature=embeddings.temperature, seed=seed, progress=False
+        )
     seconds = time.perf_counter() - start
     zero_shot = (directions @ normalize(embeddings.text.float(), dim=1).T / embeddings.temperature).softmax(dim=1)
     scores = {
@@ -86,6 +92,21 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> dict[str, Any]:
         "true": float((~right).float().mean()),
         "seconds": seconds,
     }
+
+
+def confusable(truth: Tensor, statistics: Tensor, rate: float, seed: int) -> Tensor:
+    """Wrong labels as of a poor observer: on images that he is unsure of, and as what he takes them for."""
+    observer = linear_head(statistics.float(), truth, seed, strength=0.1)
+    random = np.random.default_rng([seed, 9])
+    own = observer.gather(1, truth[:, None])[:, 0].numpy()
+    # k draws without replacement, with odds (1 - p(truth))^2, by the largest of log odds + Gumbel noise
+    rows = np.argsort(-2 * np.log(1 - own + 1e-9) - random.gumbel(size=len(truth)))[: round(rate * len(truth))]
+    wrong = observer.numpy()[rows].astype(np.float64)
+    wrong[np.arange(len(rows)), truth.numpy()[rows]] = 0
+    cumulated = (wrong / wrong.sum(axis=1, keepdims=True)).cumsum(axis=1)
+    labels = truth.clone()
+    labels[torch.from_numpy(rows)] = torch.from_numpy((cumulated < random.random((len(rows), 1))).sum(axis=1))
+    return labels
 
 
 def calibration_error(probability: Tensor, right: Tensor, bins: int = 15) -> float:
