@@ -25,15 +25,10 @@ that was interrupted goes on with what is missing.
 """
 
 import argparse
-import json
-import os
-import platform
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +36,25 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from selectsampler.recipes import noise
-from selectsampler.recipes.corruptions import Corrupted
 from selectsampler.recipes.data import ZippedImageFolder
+from selectsampler.recipes.experiment import (
+    Experiment,
+    accuracy_table,
+    complete,
+    damage,
+    first_of_each_class,
+    open_report,
+    parse,
+    setting_of,
+    with_arguments,
+)
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 import selectsampler as ss
 from selectsampler.progress import progress_bar
-from selectsampler.validation import resolve_budget
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's pixels
 SHIFT = 4  # pixels by which a crop may be off centre
@@ -132,59 +135,6 @@ class Trained:
     model: nn.Module
 
 
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """What a method chooses from.
-
-    Args:
-        embeddings: gives the embeddings with the labels as they are, noise included.
-        right: (N,), bool: the label is right and the image undamaged; for the oracle alone.
-        keep: the share of samples to choose.
-        seed: of the choice.
-        seconds: where stages note how long they took.
-    """
-
-    embeddings: Callable[[], ss.Embeddings]
-    right: Tensor
-    keep: str
-    seed: int
-    seconds: dict[str, float]
-
-    @property
-    def order(self) -> Tensor:
-        """All samples, shuffled."""
-        return torch.from_numpy(np.random.default_rng([self.seed, 1]).permutation(len(self.right)))
-
-    @property
-    def count(self) -> int:
-        """How many samples to choose."""
-        return resolve_budget(self.keep, None, len(self.right))
-
-
-def chosen_by(preset: dict[str, dict[str, Any]]) -> Callable[[Setting], Tensor]:
-    """A method that adapts, scores and selects with these arguments, each step timed."""
-
-    def choose(setting: Setting) -> Tensor:
-        embeddings = setting.embeddings()
-        with timed(setting.seconds, "adapt"):
-            adapted = ss.adapt(embeddings, seed=setting.seed, **preset["adapt"])
-        with timed(setting.seconds, "score"):
-            scores = ss.score(adapted, **preset["score"])
-        with timed(setting.seconds, "select"):
-            return ss.select(scores, setting.keep, seed=setting.seed, **preset["select"]).indices
-
-    return choose
-
-
-METHODS: dict[str, Callable[[Setting], Tensor]] = {
-    "full": lambda setting: torch.arange(len(setting.right)),
-    "random": lambda setting: setting.order[: setting.count],
-    "ours": chosen_by(ss.presets.default),
-    "paper": chosen_by(ss.presets.paper),
-    "oracle": lambda setting: setting.order[setting.right[setting.order]][: setting.count],
-}
-
-
 def load(path: Path, *, first_per_class: int | None = None, corrupt: str | None = None) -> tuple[Cifar, Tensor]:
     """Decode torchvision's CIFAR folder, an image folder with `train` and `test` in it, or a zip of one.
 
@@ -201,24 +151,9 @@ def load(path: Path, *, first_per_class: int | None = None, corrupt: str | None 
         ValueError: if there is nothing of the kind at `path`, or the images are not all of one size.
     """
     training, test = open_splits(path)
-    if first_per_class is not None:
-        labels = np.array(training.targets)
-        first = [np.flatnonzero(labels == label)[:first_per_class] for label in np.unique(labels)]
-        training = Subset(training, np.sort(np.concatenate(first)).tolist())
-    damaged = torch.zeros(len(training), dtype=torch.bool)
-    if corrupt is not None:
-        training = Corrupted(training, **damage(corrupt), seed=0)
-        damaged = torch.tensor([kind is not None for kind in training.kinds])
+    training, _ = first_of_each_class(training, first_per_class)
+    training, damaged = damage(training, corrupt)
     return Cifar(*decode(training), *decode(test), list(test.classes)), damaged
-
-
-def damage(spec: str) -> dict[str, Any]:
-    """The arguments of `Corrupted` in `KIND:SEVERITY:SHARE`."""
-    parts = spec.split(":")
-    try:
-        return {"kind": parts[0], "severity": int(parts[1]), "share": float(parts[2])}
-    except (IndexError, ValueError):
-        raise ValueError(f"{spec!r} is no corruption: write KIND:SEVERITY:SHARE, as fog:3:0.2.") from None
 
 
 def open_splits(path: Path) -> tuple[Any, Any]:
@@ -488,180 +423,55 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="torchvision's CIFAR folder, an image folder, or a zip of one")
-    add("--clip", help="ARCH/TAG of open_clip, local-dir:PATH or hf-hub:ORG/NAME; for ours and paper")
     add("--noise", metavar="KIND:RATE", help="label noise: symmetric, asymmetric, pair, instance; human:FILE:KIND")
-    add("--corrupt", metavar="KIND:SEVERITY:SHARE", help="damaged images, as fog:3:0.2 or mixed:3:0.2")
     add("--keep", default="0.5", help="share of the training set to train on (%(default)s)")
-    add("--method", nargs="+", choices=METHODS, default=["full", "random", "ours", "oracle"], help="(%(default)s)")
     add("--first-per-class", type=int, metavar="K", help="take the first K training images of each class only")
-    add("--quick", action="store_true", help=f"{QUICK}, and --first-per-class {QUICK_PER_CLASS}")
     add("--model", help="resnet18_cifar (the default), resnet50_cifar, quick_resnet, or any model of timm")
-    add("--epochs", type=int, help="passes through each method's own selection (200)")
-    add("--updates", type=int, help="instead of --epochs: the same number of updates for every method")
-    add("--batch-size", type=int, help="(128)")
-    add("--learning-rate", type=float, help="the highest (0.1)")
-    add("--seeds", type=int, default=1, help="runs, each with its own noise, subset and training (%(default)s)")
-    add("--report", type=Path, metavar="FILE.json", help="written after each run; what it holds already is not redone")
-    add("--cache-dir", type=Path, help="keeps embeddings")
-    arguments = parser.parse_args(words)
-    if arguments.quick and arguments.first_per_class is None:
-        arguments.first_per_class = QUICK_PER_CLASS
-    return arguments
-
-
-def protocol_of(arguments: argparse.Namespace) -> Protocol:
-    """`QUICK` or the usual one, with what the command line changes."""
-    names = ("model", "epochs", "updates", "batch_size", "learning_rate")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if "epochs" in given and "updates" in given:
-        raise ValueError("Give --epochs or --updates, not both.")
-    return replace(QUICK if arguments.quick else Protocol(), **({"updates": None} if "epochs" in given else {}) | given)
+    return parse(parser, words, Protocol(), QUICK, quick_per_class=QUICK_PER_CLASS)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Do every run that the report lacks, and return the report."""
-    experiment = Experiment(arguments, protocol_of(arguments))
-    report = open_report(arguments, experiment.protocol)
-    done = {(row["method"], row["seed"]) for row in report["runs"]}
-    for seed in range(arguments.seeds):
-        for method in arguments.method:
-            if (method, seed) in done:
-                continue
-            row = experiment.run(method, seed)
-            report["runs"].append(row)
-            stages = ", ".join(f"{stage} {took:.1f} s" for stage, took in row["seconds"].items())
-            print(f"{method}, seed {seed}: {100 * row['accuracy']:.2f} % ({stages})", flush=True)
-            save_report(arguments.report, report)
-    return report
+    experiment = CifarExperiment(arguments, with_arguments(QUICK if arguments.quick else Protocol(), arguments))
+    report = open_report(arguments.report, experiment.setting, packages=(torch, ss))
+    return complete(report, arguments, experiment.run)
 
 
-class Experiment:
-    """The data set of one command line, decoded once, and embedded once it is needed."""
+class CifarExperiment(Experiment):
+    """The data set of one command line, decoded once, and networks trained on parts of it."""
 
     def __init__(self, arguments: argparse.Namespace, protocol: Protocol) -> None:
-        self.arguments = arguments
+        data, damaged = load(arguments.data, first_per_class=arguments.first_per_class, corrupt=arguments.corrupt)
+        super().__init__(arguments, Pixels(data), data.labels, damaged, data.class_names)
         self.protocol = protocol
-        self.seconds: dict[str, float] = {}
-        with timed(self.seconds, "decode"):
-            self.data, self.damaged = load(
-                arguments.data, first_per_class=arguments.first_per_class, corrupt=arguments.corrupt
-            )
-        self.on_device = self.data.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-    @cached_property
-    def embeddings(self) -> ss.Embeddings:
-        """Of all images, with the labels as they came."""
-        clip, names, cache_dir = self.arguments.clip, self.data.class_names, self.arguments.cache_dir
-        if clip is None:
-            raise ValueError("This needs --clip: embeddings decide which samples are kept, or which labels are wrong.")
-        with timed(self.seconds, "embed"):
-            return ss.embed(Pixels(self.data), clip, class_names=names, cache_dir=cache_dir)
-
-    def labels(self, seed: int) -> Tensor:
-        """(N,), int64: the labels to train on, with this seed's noise."""
-        spec, labels = self.arguments.noise, self.data.labels
-        if spec is None:
-            return labels
-        features = self.embeddings.image.float() if spec.startswith("instance") else None
-        return noise.apply(spec, labels, classes=len(self.data.class_names), seed=seed, features=features)
+        self.setting = setting_of(arguments) | asdict(protocol)
+        self.on_device = data.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def run(self, method: str, seed: int) -> dict[str, Any]:
         """Choose, train and test: a row of the report."""
-        labels, seconds = self.labels(seed), {}
-        wrong = labels != self.data.labels
-        setting = Setting(
-            lambda: self.embeddings.with_labels(labels), ~wrong & ~self.damaged, self.arguments.keep, seed, seconds
-        )
-        indices = METHODS[method](setting)
-        if seconds:  # the method looked at the embeddings
-            seconds = {"embed": self.seconds["embed"]} | seconds
+        labels = self.labels(seed)
+        indices, seconds = self.choose(method, labels, seed)
         sampler = ss.SelectSampler(indices, seed=seed)
         trained = train(self.on_device, labels, sampler, self.protocol, seed=seed, description=f"{method}, seed {seed}")
         return {
             "method": method,
             "seed": seed,
             "accuracy": trained.accuracy,
-            "samples": len(indices),
-            "wrong_labels": float(wrong[indices].float().mean()),
-            "damaged_images": float(self.damaged[indices].float().mean()),
+            **self.composition(indices, labels),
             "updates": trained.updates,
             "visits": trained.visits,
             "seconds": seconds | {"train": trained.seconds},
         }
 
 
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note the seconds that a stage takes."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
-
-
-def open_report(arguments: argparse.Namespace, protocol: Protocol) -> dict[str, Any]:
-    """The report at `--report`, to go on with, or a new one.
-
-    Raises:
-        ValueError: if the file is the report of another setting.
-    """
-    clip = arguments.clip
-    if isinstance(clip, str) and clip.startswith("local-dir:"):
-        clip = f"local-dir:{Path(clip).name}"  # wherever it lies
-    setting = {"data": arguments.data.name, "clip": clip}
-    setting |= {name: getattr(arguments, name) for name in ("noise", "corrupt", "keep", "first_per_class")}
-    setting |= asdict(protocol)
-    if arguments.report is not None and arguments.report.exists():
-        report = json.loads(arguments.report.read_text())
-        differing = [name for name in setting if report["setting"].get(name) != setting[name]]
-        if differing:
-            raise ValueError(
-                f"{arguments.report} was made with other arguments ({', '.join(differing)}): name another file, or "
-                "give the same arguments to go on with it."
-            )
-        return report
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    machine = {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "selectsampler": ss.__version__}
-    return {"setting": setting, "machine": machine, "versions": versions, "runs": []}
-
-
-def save_report(path: Path | None, report: dict[str, Any]) -> None:
-    """Write the report, whole or not at all."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(path)
-
-
 def table(report: dict[str, Any]) -> str:
-    """The report as a person reads it: mean and standard deviation over the seeds."""
-    setting, runs = report["setting"], report["runs"]
-    length = f"{setting['epochs']} epochs" if setting["updates"] is None else f"{setting['updates']} updates"
-    lines = [
-        "",
-        f"{setting['data']}, noise {setting['noise']}, damage {setting['corrupt']}, keep {setting['keep']}; "
-        f"{setting['model']}, {length} of batches of {setting['batch_size']}",
-        "",
-        f"{'trained on':<12}{'test accuracy':>16}{'wrong labels':>14}{'damaged':>9}{'samples':>9}{'updates':>9}"
-        f"{'select':>10}{'train':>10}{'seeds':>7}",
-    ]
-    for method in dict.fromkeys(row["method"] for row in runs):
-        rows = [row for row in runs if row["method"] == method]
-        accuracy = 100 * np.array([row["accuracy"] for row in rows])
-        spread = f" ± {accuracy.std(ddof=1):.2f}" if len(rows) > 1 else ""
-        wrong, damaged = (100 * np.mean([row[name] for row in rows]) for name in ("wrong_labels", "damaged_images"))
-        training = np.mean([row["seconds"]["train"] for row in rows])
-        selecting = np.mean([sum(row["seconds"].values()) for row in rows]) - training
-        lines.append(
-            f"{method:<12}{f'{accuracy.mean():.2f}{spread} %':>16}{wrong:>12.1f} %{damaged:>7.1f} %"
-            f"{rows[0]['samples']:>9}{rows[0]['updates']:>9}{selecting:>8.1f} s{training:>8.1f} s{len(rows):>7}"
-        )
-    stages = {stage: took for row in runs for stage, took in row["seconds"].items() if stage != "train"}
+    """The report as a person reads it: a line a method, and what selecting took."""
+    setting = report["setting"]
+    text = accuracy_table(report, data=setting["data"], model=setting["model"], accuracy="test accuracy")
+    stages = {stage: took for row in report["runs"] for stage, took in row["seconds"].items() if stage != "train"}
     if stages:
-        lines += ["", "selecting: " + ", ".join(f"{stage} {took:.1f} s" for stage, took in stages.items())]
-    return "\n".join(lines)
+        text += "\n\nselecting: " + ", ".join(f"{stage} {took:.1f} s" for stage, took in stages.items())
+    return text
 
 
 if __name__ == "__main__":

@@ -27,16 +27,12 @@ interrupted goes on after its last epoch, and a report with what is missing.
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +40,30 @@ import numpy as np
 import open_clip
 import timm
 import torch
-from selectsampler.recipes import noise
-from selectsampler.recipes.corruptions import Corrupted
+from selectsampler.recipes.experiment import (
+    Experiment,
+    accuracy_table,
+    check_setting,
+    complete,
+    damage,
+    first_of_each_class,
+    open_report,
+    parse,
+    setting_of,
+    timed,
+    with_arguments,
+)
 from timm.data import ImageNetInfo, Mixup, create_loader, resolve_model_data_config
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 import selectsampler as ss
 from selectsampler.progress import progress_bar
 from selectsampler.store import replace_atomically
-from selectsampler.validation import resolve_budget
 
 
 @dataclass(frozen=True)
@@ -130,59 +136,6 @@ class Trained:
     seconds: dict[str, float]
 
 
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """What a method chooses from.
-
-    Args:
-        embeddings: gives the embeddings with the labels as they are, noise included.
-        right: (N,), bool: the label is right and the image undamaged; for the oracle alone.
-        keep: the share of samples to choose.
-        seed: of the choice.
-        seconds: where stages note how long they took.
-    """
-
-    embeddings: Callable[[], ss.Embeddings]
-    right: Tensor
-    keep: str
-    seed: int
-    seconds: dict[str, float]
-
-    @property
-    def order(self) -> Tensor:
-        """All samples, shuffled."""
-        return torch.from_numpy(np.random.default_rng([self.seed, 1]).permutation(len(self.right)))
-
-    @property
-    def count(self) -> int:
-        """How many samples to choose."""
-        return resolve_budget(self.keep, None, len(self.right))
-
-
-def chosen_by(preset: dict[str, dict[str, Any]]) -> Callable[[Setting], Tensor]:
-    """A method that adapts, scores and selects with these arguments, each step timed."""
-
-    def choose(setting: Setting) -> Tensor:
-        embeddings = setting.embeddings()
-        with timed(setting.seconds, "adapt"):
-            adapted = ss.adapt(embeddings, seed=setting.seed, **preset["adapt"])
-        with timed(setting.seconds, "score"):
-            scores = ss.score(adapted, **preset["score"])
-        with timed(setting.seconds, "select"):
-            return ss.select(scores, setting.keep, seed=setting.seed, **preset["select"]).indices
-
-    return choose
-
-
-METHODS: dict[str, Callable[[Setting], Tensor]] = {
-    "full": lambda setting: torch.arange(len(setting.right)),
-    "random": lambda setting: setting.order[: setting.count],
-    "ours": chosen_by(ss.presets.default),
-    "paper": chosen_by(ss.presets.paper),
-    "oracle": lambda setting: setting.order[setting.right[setting.order]][: setting.count],
-}
-
-
 # The data
 
 
@@ -207,12 +160,9 @@ def load(path: Path, *, first_per_class: int | None = None, corrupt: str | None 
         )
     names = class_names(training.classes)
     (training, labels), (validation, validation_labels) = (
-        first(folder, first_per_class) for folder in (training, validation)
+        first_of_each_class(folder, first_per_class) for folder in (training, validation)
     )
-    damaged = torch.zeros(len(labels), dtype=torch.bool)
-    if corrupt is not None:
-        training = Corrupted(training, **damage(corrupt), seed=0)
-        damaged = torch.tensor([kind is not None for kind in training.kinds])
+    training, damaged = damage(training, corrupt)
     return Images(training, validation, labels, validation_labels, damaged, names)
 
 
@@ -259,24 +209,6 @@ def class_names(wnids: Sequence[str]) -> list[str]:
         name if uses[name] == 1 else synsets.label_name_to_description(wnid)
         for name, wnid in zip(names, wnids, strict=True)
     ]
-
-
-def first(folder: ImageFolder, per_class: int | None) -> tuple[Dataset, Tensor]:
-    """The first images of each class, or all, and their labels, (N,), int64."""
-    labels = np.array(folder.targets)
-    if per_class is None:
-        return folder, torch.from_numpy(labels)
-    rows = np.sort(np.concatenate([np.flatnonzero(labels == label)[:per_class] for label in np.unique(labels)]))
-    return Subset(folder, rows.tolist()), torch.from_numpy(labels[rows])
-
-
-def damage(spec: str) -> dict[str, Any]:
-    """The arguments of `Corrupted` in `KIND:SEVERITY:SHARE`."""
-    parts = spec.split(":")
-    try:
-        return {"kind": parts[0], "severity": int(parts[1]), "share": float(parts[2])}
-    except (IndexError, ValueError):
-        raise ValueError(f"{spec!r} is no corruption: write KIND:SEVERITY:SHARE, as fog:3:0.2.") from None
 
 
 class Relabelled(Dataset):
@@ -539,99 +471,43 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="the folder with train/WNID/*.JPEG and val/WNID/*.JPEG")
-    add("--clip", help="ARCH/TAG of open_clip, local-dir:PATH or hf-hub:ORG/NAME; for ours and paper")
     add("--noise", metavar="KIND:RATE", help="label noise: symmetric, pair or instance")
-    add("--corrupt", metavar="KIND:SEVERITY:SHARE", help="damaged images, as fog:3:0.2 or mixed:3:0.2")
     add("--keep", default="0.7", help="share of the training set to train on (%(default)s)")
-    add("--method", nargs="+", choices=METHODS, default=["full", "random", "ours", "oracle"], help="(%(default)s)")
     add("--first-per-class", type=int, metavar="K", help="take the first K images of each class only")
-    add("--quick", action="store_true", help=f"{QUICK}, and --first-per-class {QUICK_PER_CLASS}")
     add("--model", help="any model of timm (resnet50)")
-    add("--epochs", type=int, help="passes through each method's own selection (100)")
-    add("--updates", type=int, help="instead of --epochs: the same number of updates for every method")
-    add("--batch-size", type=int, help="(2048)")
-    add("--learning-rate", type=float, help="the highest (0.008)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode images (%(default)s)")
-    add("--seeds", type=int, default=1, help="runs, each with its own noise, subset and training (%(default)s)")
-    add("--report", type=Path, metavar="FILE.json", help="written after each run; what it holds already is not redone")
-    add("--cache-dir", type=Path, help="keeps embeddings")
-    arguments = parser.parse_args(words)
-    if arguments.quick and arguments.first_per_class is None:
-        arguments.first_per_class = QUICK_PER_CLASS
-    return arguments
+    return parse(parser, words, Protocol(), QUICK, quick_per_class=QUICK_PER_CLASS)
 
 
 def protocol_of(arguments: argparse.Namespace) -> Protocol:
     """`QUICK` or the usual one, with what the command line changes."""
-    names = ("model", "epochs", "updates", "batch_size", "learning_rate")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if "epochs" in given and "updates" in given:
-        raise ValueError("Give --epochs or --updates, not both.")
-    if given.get("batch_size", 2) % 2:
-        raise ValueError(f"--batch-size is {given['batch_size']}, but mixup pairs images: it must be even.")
-    return replace(QUICK if arguments.quick else Protocol(), **({"updates": None} if "epochs" in given else {}) | given)
+    protocol = with_arguments(QUICK if arguments.quick else Protocol(), arguments)
+    if protocol.batch_size % 2:
+        raise ValueError(f"--batch-size is {protocol.batch_size}, but mixup pairs images: it must be even.")
+    return protocol
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Do every run that the report lacks, and return the report."""
-    experiment = Experiment(arguments, protocol_of(arguments))
-    report = open_report(arguments.report, experiment.setting)
-    done = {(row["method"], row["seed"]) for row in report["runs"]}
-    for seed in range(arguments.seeds):
-        for method in arguments.method:
-            if (method, seed) in done:
-                continue
-            row = experiment.run(method, seed)
-            report["runs"].append(row)
-            stages = ", ".join(f"{stage} {took:.1f} s" for stage, took in row["seconds"].items())
-            print(f"{method}, seed {seed}: {100 * row['accuracy']:.2f} % ({stages})", flush=True)
-            save_report(arguments.report, report)
-    return report
+    experiment = ImageNetExperiment(arguments, protocol_of(arguments))
+    report = open_report(arguments.report, experiment.setting, packages=(torch, timm, ss))
+    return complete(report, arguments, experiment.run)
 
 
-class Experiment:
-    """The data set of one command line, embedded once it is needed."""
+class ImageNetExperiment(Experiment):
+    """The images of one command line, and networks trained on parts of them, each to be gone on with."""
 
     def __init__(self, arguments: argparse.Namespace, protocol: Protocol) -> None:
-        self.arguments = arguments
-        self.protocol = protocol
-        self.seconds: dict[str, float] = {}
-        self.data = load(arguments.data, first_per_class=arguments.first_per_class, corrupt=arguments.corrupt)
-        clip = arguments.clip
-        if isinstance(clip, str) and clip.startswith("local-dir:"):
-            clip = f"local-dir:{Path(clip).name}"  # wherever it lies
-        self.setting = {"data": arguments.data.name, "clip": clip if isinstance(clip, str) else None}
-        self.setting |= {name: getattr(arguments, name) for name in ("noise", "corrupt", "keep", "first_per_class")}
-        self.setting |= {"images": len(self.data.labels), **asdict(protocol)}
-
-    @cached_property
-    def embeddings(self) -> ss.Embeddings:
-        """Of all training images, with the labels as they came."""
-        clip, names, cache_dir = self.arguments.clip, self.data.class_names, self.arguments.cache_dir
-        if clip is None:
-            raise ValueError("This needs --clip: embeddings decide which samples are kept, or which labels are wrong.")
-        with timed(self.seconds, "embed"):
-            return ss.embed(
-                self.data.training,
-                clip,
-                class_names=names,
-                labels=self.data.labels,
-                num_workers=self.arguments.workers,
-                cache_dir=cache_dir,
-            )
-
-    def labels(self, seed: int) -> Tensor:
-        """(N,), int64: the labels to train on, with this seed's noise."""
-        spec, labels = self.arguments.noise, self.data.labels
-        if spec is None:
-            return labels
-        features = self.embeddings.image.float() if spec.startswith("instance") else None
-        return noise.apply(spec, labels, classes=len(self.data.class_names), seed=seed, features=features)
+        data = load(arguments.data, first_per_class=arguments.first_per_class, corrupt=arguments.corrupt)
+        super().__init__(
+            arguments, data.training, data.labels, data.damaged, data.class_names, workers=arguments.workers
+        )
+        self.data, self.protocol = data, protocol
+        self.setting = setting_of(arguments) | {"images": len(data.labels), **asdict(protocol)}
 
     def run(self, method: str, seed: int) -> dict[str, Any]:
         """Choose, train and validate: a row of the report."""
         labels = self.labels(seed)
-        wrong = labels != self.data.labels
         folder, setting = self.folder(method, seed), {**self.setting, "method": method, "seed": seed}
         selection = self.select(method, labels, folder, setting)
         trained = train(
@@ -640,7 +516,7 @@ class Experiment:
             ss.SelectSampler(selection, seed=seed),
             self.protocol,
             seed=seed,
-            workers=self.arguments.workers,
+            workers=self.workers,
             checkpoint=None if folder is None else folder / "last.pt",
             setting=setting,
             description=f"{method}, seed {seed}",
@@ -649,9 +525,7 @@ class Experiment:
             "method": method,
             "seed": seed,
             "accuracy": trained.accuracy,
-            "samples": len(selection),
-            "wrong_labels": float(wrong[selection.indices].float().mean()),
-            "damaged_images": float(self.data.damaged[selection.indices].float().mean()),
+            **self.composition(selection.indices, labels),
             "updates": trained.updates,
             "visits": trained.visits,
             "seconds": selection.provenance["seconds"] | trained.seconds,
@@ -669,89 +543,19 @@ class Experiment:
             selection = ss.Selection.load(path)
             check_setting(path, selection.provenance["setting"], setting)
             return selection
-        seconds: dict[str, float] = {}
-        right = (labels == self.data.labels) & ~self.data.damaged
-        indices = METHODS[method](
-            Setting(lambda: self.embeddings.with_labels(labels), right, self.arguments.keep, setting["seed"], seconds)
-        )
-        if seconds:  # the method looked at the embeddings
-            seconds = {"embed": self.seconds["embed"]} | seconds
+        indices, seconds = self.choose(method, labels, setting["seed"])
         selection = ss.Selection(indices, len(labels), provenance={"setting": setting, "seconds": seconds})
         if path is not None:
             selection.save(path)
         return selection
 
 
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note the seconds that a stage takes."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
-
-
-def check_setting(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """A file of another setting is not gone on with."""
-    differing = [name for name in wanted if found.get(name) != wanted[name]]
-    if differing:
-        raise ValueError(
-            f"{path} was made with other arguments ({', '.join(differing)}): name another --report, or give the same "
-            "arguments to go on with it."
-        )
-
-
-def open_report(path: Path | None, setting: dict[str, Any]) -> dict[str, Any]:
-    """The report at `--report`, to go on with, or a new one.
-
-    Raises:
-        ValueError: if the file is the report of another setting.
-    """
-    if path is not None and path.exists():
-        report = json.loads(path.read_text())
-        check_setting(path, report["setting"], setting)
-        return report
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    machine = {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "selectsampler": ss.__version__,
-    }
-    return {"setting": setting, "machine": machine, "versions": versions, "runs": []}
-
-
-def save_report(path: Path | None, report: dict[str, Any]) -> None:
-    """Write the report, whole or not at all."""
-    if path is not None:
-        with replace_atomically(path) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
-
-
 def table(report: dict[str, Any]) -> str:
-    """The report as a person reads it: mean and standard deviation over the seeds, images a second of each stage."""
-    setting, runs = report["setting"], report["runs"]
-    length = f"{setting['epochs']} epochs" if setting["updates"] is None else f"{setting['updates']} updates"
-    lines = [
-        "",
-        f"{setting['images']:,} images, noise {setting['noise']}, damage {setting['corrupt']}, keep {setting['keep']}; "
-        f"{setting['model']} at {setting['train_size']}, {length} of batches of {setting['batch_size']}",
-        "",
-        f"{'trained on':<12}{'top-1':>16}{'wrong labels':>14}{'damaged':>9}{'samples':>9}{'updates':>9}"
-        f"{'select':>10}{'train':>10}{'seeds':>7}",
-    ]
-    for method in dict.fromkeys(row["method"] for row in runs):
-        rows = [row for row in runs if row["method"] == method]
-        accuracy = 100 * np.array([row["accuracy"] for row in rows])
-        spread = f" ± {accuracy.std(ddof=1):.2f}" if len(rows) > 1 else ""
-        wrong, damaged = (100 * np.mean([row[name] for row in rows]) for name in ("wrong_labels", "damaged_images"))
-        training, validating = (np.mean([row["seconds"][stage] for row in rows]) for stage in ("train", "validate"))
-        selecting = np.mean([sum(row["seconds"].values()) for row in rows]) - training - validating
-        lines.append(
-            f"{method:<12}{f'{accuracy.mean():.2f}{spread} %':>16}{wrong:>12.1f} %{damaged:>7.1f} %"
-            f"{rows[0]['samples']:>9}{rows[0]['updates']:>9}{selecting:>8.1f} s{training:>8.1f} s{len(rows):>7}"
-        )
-    return "\n".join([*lines, "", f"images a second: {stage_rates(report)}"])
+    """The report as a person reads it: a line a method, and images a second of each stage."""
+    setting = report["setting"]
+    images, model = f"{setting['images']:,} images", f"{setting['model']} at {setting['train_size']}"
+    text = accuracy_table(report, data=images, model=model, accuracy="top-1")
+    return f"{text}\n\nimages a second: {stage_rates(report)}"
 
 
 def stage_rates(report: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
-"""The CIFAR recipe trains on what its sampler yields, compares methods fairly, and goes on where it was stopped."""
+"""The CIFAR recipe trains on what its sampler yields and compares methods fairly."""
 
-import json
 import pickle
 import zipfile
 from argparse import Namespace
@@ -13,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from selectsampler.recipes import cifar
+from selectsampler.recipes.experiment import METHODS
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.testing import assert_close
@@ -245,10 +245,10 @@ def test_a_path_without_images_says_what_is_needed(tmp_path):
 
 
 def test_methods_choose_equally_many_and_the_oracle_chooses_right_labels_on_whole_images(archive, tiny_clip):
-    words = ["--corrupt", "occlusion:5:0.25", "--keep", "0.25", "--method", *cifar.METHODS]
+    words = ["--corrupt", "occlusion:5:0.25", "--keep", "0.25", "--method", *METHODS]
     report = cifar.run(arguments(archive, *words, clip=tiny_clip))
     rows = {row["method"]: row for row in report["runs"]}
-    assert [rows[method]["samples"] for method in cifar.METHODS] == [72, 18, 18, 18, 18]
+    assert [rows[method]["samples"] for method in METHODS] == [72, 18, 18, 18, 18]
     assert {row["updates"] for row in rows.values()} == {20}
     assert rows["full"]["wrong_labels"] == 0.5
     assert rows["full"]["damaged_images"] == 0.25
@@ -256,30 +256,6 @@ def test_methods_choose_equally_many_and_the_oracle_chooses_right_labels_on_whol
     assert list(rows["ours"]["seconds"]) == ["embed", "adapt", "score", "select", "train"]
     assert list(rows["random"]["seconds"]) == ["train"]
     assert "ours" in cifar.table(report)
-
-
-def test_an_interrupted_report_goes_on_with_what_is_missing(archive, tmp_path, monkeypatch):
-    path = tmp_path / "new" / "report.json"
-    chosen = arguments(archive, "--report", str(path), "--method", "full", "random", "--seeds", "2")
-    trained, train = [], cifar.train
-
-    def interrupted(*positional, **named):
-        if len(trained) == 3:
-            raise KeyboardInterrupt
-        trained.append(named["description"])
-        return train(*positional, **named)
-
-    monkeypatch.setattr(cifar, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        cifar.run(chosen)
-    before = json.loads(path.read_text())["runs"]
-    assert len(before) == 3
-    trained.clear()
-    cifar.run(chosen)
-    assert trained == ["random, seed 1"]
-    after = json.loads(path.read_text())["runs"]
-    assert after[:3] == before
-    assert [(row["method"], row["seed"]) for row in after] == [("full", 0), ("random", 0), ("full", 1), ("random", 1)]
 
 
 def test_a_report_of_another_setting_is_not_continued(archive, tmp_path):
@@ -292,12 +268,6 @@ def test_a_report_of_another_setting_is_not_continued(archive, tmp_path):
 def test_what_needs_embeddings_asks_for_a_clip(archive):
     with pytest.raises(ValueError, match="needs --clip"):
         cifar.run(arguments(archive, "--method", "ours"))
-
-
-@pytest.mark.parametrize("spec", ["fog", "fog:3", "fog:x:0.2"])
-def test_a_corruption_that_cannot_be_read_is_named(archive, spec):
-    with pytest.raises(ValueError, match=f"'{spec}' is no corruption"):
-        cifar.load(archive, corrupt=spec)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from selectsampler.recipes import imagenet, imagenet_cost
+from selectsampler.recipes.experiment import METHODS
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.testing import assert_close
@@ -223,10 +224,10 @@ def test_a_checkpoint_of_another_setting_is_not_continued(data, tmp_path):
 
 
 def test_methods_choose_equally_many_and_the_oracle_chooses_right_labels_on_whole_images(folder, tiny_clip):
-    words = ["--corrupt", "occlusion:5:0.25", "--keep", "0.25", "--method", *imagenet.METHODS]
+    words = ["--corrupt", "occlusion:5:0.25", "--keep", "0.25", "--method", *METHODS]
     report = imagenet.run(arguments(folder, *words, clip=tiny_clip))
     rows = {row["method"]: row for row in report["runs"]}
-    assert [rows[method]["samples"] for method in imagenet.METHODS] == [18, 4, 4, 4, 4]
+    assert [rows[method]["samples"] for method in METHODS] == [18, 4, 4, 4, 4]
     assert {row["updates"] for row in rows.values()} == {3}
     assert rows["full"]["wrong_labels"] == 0.5
     assert rows["full"]["damaged_images"] == pytest.approx(4 / 18)
