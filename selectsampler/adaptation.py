@@ -19,7 +19,7 @@ from selectsampler.progress import progress_bar
 
 __all__ = ["Adapted", "adapt", "info_nce_loss", "prompt_loss"]
 
-BLOCK = 65_536  # rows whose adapted features are held at once
+BLOCK = 8192  # rows whose adapted features are held at once
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
@@ -55,6 +55,11 @@ class Adapted:
 
         Fold after fold, and within a fold in blocks of `BLOCK` rows, so that memory stays bounded at any N.
         """
+        if self.method == "none":  # nothing to multiply by
+            for start in range(0, len(self), BLOCK):
+                rows = torch.arange(start, min(start + BLOCK, len(self)), device=self.folds.device)
+                yield rows, self.embeddings.image[rows].float(), self.embeddings.text.float()
+            return
         for fold, (image_adapter, text_adapter) in enumerate(zip(self.image_adapters, self.text_adapters, strict=True)):
             text = self.embeddings.text.float() @ text_adapter.T
             for rows in (self.folds == fold).nonzero()[:, 0].split(BLOCK):
@@ -204,7 +209,7 @@ class Schedule:
 
 def _identity(embeddings: Embeddings) -> Adapted:
     eye = torch.eye(embeddings.image.shape[1], device=embeddings.image.device)[None]
-    folds = torch.zeros_like(embeddings.labels)
+    folds = embeddings.labels.new_zeros(1).expand(len(embeddings))
     return Adapted(embeddings, eye, eye, folds, "none", {"method": "none"})
 
 

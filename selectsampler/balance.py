@@ -16,18 +16,20 @@ from selectsampler.validation import check_labels
 
 __all__ = ["Quotas", "Shares", "class_quotas", "share_ranges"]
 
+BLOCK = 2**16  # samples whose trust is added up at once
+
 Quotas = Mapping[Any, int]
 Shares = Mapping[int, tuple[float | str, float | str]]
 
 
-def class_quotas(table: Scores, balance: str | Quotas | None, budget: int, eligible: Tensor) -> Tensor | None:
+def class_quotas(table: Scores, balance: str | Quotas | None, budget: int, eligible: Tensor | None) -> Tensor | None:
     """(C,), int64: how many samples of each class, summing to the budget; None where any number will do.
 
     Args:
         table: with labels, and trust for `trusted`.
         balance: `auto`, `trusted`, `given`, {class name or number: quota} or None, as `select` takes it.
         budget: the number of samples in all.
-        eligible: (n,), int64: the rows that can be selected.
+        eligible: (n,), int64: the rows that can be selected. None: all.
     """
     if balance == "auto":
         balance = "trusted" if "trust" in table.columns else None
@@ -38,22 +40,25 @@ def class_quotas(table: Scores, balance: str | Quotas | None, budget: int, eligi
     labels = table.labels.cpu()
     names = list(table.class_names or [])
     classes = max(len(names), int(labels.max()) + 1)
-    available = torch.bincount(labels[eligible], minlength=classes)
+    own = labels if eligible is None else labels[eligible]
+    available = torch.bincount(own, minlength=classes)
     if isinstance(balance, Mapping):
         return _named_quotas(balance, budget, available, names)
     if balance == "given":
         return apportion(torch.bincount(labels, minlength=classes), budget, capacities=available)
     if balance == "trusted":
-        return _trusted_quotas(table, labels, budget, available, eligible)
+        trust = table["trust"].cpu()
+        return _trusted_quotas(trust if eligible is None else trust[eligible], own, budget, available)
     raise ValueError(f"balance is {balance!r}, but it must be 'auto', 'trusted', 'given', None or {{class: quota}}.")
 
 
-def _trusted_quotas(table: Scores, labels: Tensor, budget: int, available: Tensor, eligible: Tensor) -> Tensor:
+def _trusted_quotas(trust: Tensor, labels: Tensor, budget: int, available: Tensor) -> Tensor:
     """Quotas in proportion to the sum of trust, first of trusted samples, then of what else there is."""
-    trust = table["trust"].cpu().double()[eligible]
-    classes = len(available)
-    sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, labels[eligible], trust)
-    trusted = torch.bincount(labels[eligible][trust >= TRUSTED], minlength=classes)
+    sums = torch.zeros(len(available), dtype=torch.float64)
+    trusted = torch.zeros_like(available)
+    for some, own in zip(trust.split(BLOCK), labels.split(BLOCK), strict=True):
+        sums.index_add_(0, own, some.double())
+        trusted += torch.bincount(own[some >= TRUSTED], minlength=len(available))
     within = min(budget, int(trusted[sums > 0].sum()))
     quotas = apportion(sums, within, capacities=trusted) if within else torch.zeros_like(trusted)
     if within < budget:

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from selectsampler.balance import Quotas, Shares, class_quotas, share_ranges
 from selectsampler.export import write_array, write_lines, write_table
+from selectsampler.grouping import rows_of_groups
 from selectsampler.optimizers import group, prices, straight_through, top_k, top_k_in_ranges
 from selectsampler.scores.table import TRUSTED, Scores
 from selectsampler.store import FORMAT, bytes_of, pack_strings, read_tensors, unpack_strings, write_tensors
-from selectsampler.validation import as_indices, check_features, check_vector, resolve_budget
+from selectsampler.validation import as_indices, check_features, check_vector, is_ascending, resolve_budget
 
 __all__ = ["DEFAULT_WEIGHTS", "PAPER_WEIGHTS", "Selection", "select"]
 
@@ -57,11 +59,12 @@ class Selection:
     ) -> None:
         self.indices = as_indices(indices, population=population)
         self.population = population
-        order = torch.as_tensor(indices).detach().cpu().argsort() if len(indices) else self.indices
-        self.loss_weights = None if loss_weights is None else _weights(loss_weights, len(self.indices))[order]
         if keys is not None and len(keys) != len(self.indices):
             raise ValueError(f"There are {len(keys)} keys for {len(self.indices)} indices.")
-        self._keys = None if keys is None else [keys[i] for i in order.tolist()]
+        self.loss_weights = None if loss_weights is None else _weights(loss_weights, len(self.indices))
+        self._keys = None if keys is None else list(keys)
+        if loss_weights is not None or keys is not None:
+            self._reorder(torch.as_tensor(indices).detach().cpu())
         self.objective = float(objective)
         self.bound = float(bound)
         self.provenance = provenance or {}
@@ -69,6 +72,14 @@ class Selection:
         if self.loss_weights is not None:
             digest.update(b"weights" + bytes_of(self.loss_weights))
         self.fingerprint = digest.hexdigest()
+
+    def _reorder(self, given: Tensor) -> None:
+        """Bring weights and keys, as given for these indices, into the order of ascending indices."""
+        if is_ascending(given):
+            return
+        order = given.argsort()
+        self.loss_weights = None if self.loss_weights is None else self.loss_weights[order]
+        self._keys = None if self._keys is None else [self._keys[i] for i in order.tolist()]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -240,8 +251,7 @@ def select(
     eligible = _eligible(table, budget)
     if score_weights is None and isinstance(scores, Scores):
         score_weights = _default_weights(scores)
-    terms = _utility_terms(scores, score_weights)[:, eligible]
-    problem = _Problem(table, eligible, terms, budget)
+    problem = _Problem(table, eligible, _weights_of_terms(scores, score_weights), budget)
     if (groups is None) != (shares is None):
         raise ValueError("groups and shares go together: which group a sample is of, and which share a group may have.")
     if groups is not None and shares is not None:
@@ -259,7 +269,8 @@ def select(
             solved = _as_group(problem, quotas, image_features, coverage_weight, progress=progress)
         else:
             raise ValueError(f"method is {method!r}, but it must be 'exact', 'straight_through' or 'group'.")
-    indices = eligible[solved.chosen]
+    del problem  # and with it the utility, eight bytes a sample
+    indices = solved.chosen if eligible is None else eligible[solved.chosen]
     details: dict[str, Any] = {"method": method, "seed": seed, "keep": None if keep is None else str(keep)}
     weights = None if score_weights is None else {name: float(weight) for name, weight in score_weights.items()}
     details |= {"count": budget, "score_weights": weights, "balance": _as_json(balance)}
@@ -276,20 +287,39 @@ def select(
 
 @dataclass(frozen=True)
 class _Problem:
-    """What an optimizer needs: the weighted terms (T, n) of the eligible rows (n,), and how many to choose."""
+    """What an optimizer needs: scores and weights of the eligible rows (n,), None: all, and how many to choose."""
 
     table: Scores
-    eligible: Tensor
-    terms: Tensor
+    eligible: Tensor | None
+    score_weights: Mapping[str, float] | None
     budget: int
 
-    @property
+    @cached_property
     def utility(self) -> Tensor:
-        return self.terms.sum(dim=0)
+        """(n,), float64, on the CPU."""
+        if self.score_weights is None:
+            return self.of_eligible(self.table["utility"].detach()).double()
+        return self.of_eligible(self.table.utility(self.score_weights))
+
+    @property
+    def terms(self) -> Tensor:
+        """(T, n), float64: the weighted terms whose sum is the utility."""
+        if self.score_weights is None:
+            return self.utility[None]
+        each = [self.table.utility({name: weight}) for name, weight in self.score_weights.items()]
+        return torch.stack([self.of_eligible(term) for term in each])
 
     @property
     def labels(self) -> Tensor | None:
-        return None if self.table.labels is None else self.table.labels.cpu()[self.eligible]
+        return None if self.table.labels is None else self.of_eligible(self.table.labels)
+
+    def of_eligible(self, values: Tensor) -> Tensor:
+        """The eligible ones of N values, on the CPU."""
+        return values.cpu() if self.eligible is None else values.cpu()[self.eligible]
+
+    def worth(self, chosen: Tensor) -> float:
+        """The sum of utilities."""
+        return sum(float(self.utility[rows].sum()) for rows in chosen.split(2**16))
 
 
 @dataclass(frozen=True)
@@ -305,7 +335,7 @@ class _Solved:
 def _exactly(problem: _Problem, quotas: Tensor | None) -> _Solved:
     groups = None if quotas is None else problem.labels
     chosen = top_k(problem.utility, problem.budget, groups=groups, quotas=quotas)
-    objective = float(problem.utility[chosen].sum())
+    objective = problem.worth(chosen)
     return _Solved(chosen, objective, objective, {})
 
 
@@ -315,7 +345,7 @@ def _straight_through(problem: _Problem, quotas: Tensor | None, *, progress: boo
     result = straight_through(problem.terms, problem.budget, progress=progress)
     curve = result.loss_curve[:: max(1, len(result.loss_curve) // 100)]
     details = {"gap": result.gap, "converged_size": result.converged_size, "steps": len(result.loss_curve)}
-    objective = float(problem.utility[result.indices].sum())
+    objective = problem.worth(result.indices)
     return _Solved(
         result.indices,
         objective,
@@ -330,10 +360,10 @@ def _as_group(
     if image_features is None:
         raise ValueError("method='group' covers the space of the images: pass image_features=embeddings.image.")
     check_features(image_features, name="image_features", rows=len(problem.table))
-    trust = problem.table["trust"].cpu()[problem.eligible] if "trust" in problem.table.columns else None
+    trust = problem.of_eligible(problem.table["trust"]) if "trust" in problem.table.columns else None
     result = group(
         problem.utility,
-        image_features[problem.eligible.to(image_features.device)],
+        image_features if problem.eligible is None else image_features[problem.eligible.to(image_features.device)],
         problem.budget,
         labels=problem.labels,
         weights=None if trust is None else trust * (trust >= TRUSTED),
@@ -347,16 +377,19 @@ def _as_group(
 
 def _within_shares(problem: _Problem, groups: Tensor, shares: Shares) -> _Solved:
     lowest, highest = share_ranges(groups, shares, problem.budget, len(problem.table))
-    ranges = {"groups": groups.cpu()[problem.eligible], "lowest": lowest, "highest": highest}
+    ranges = {"groups": problem.of_eligible(groups), "lowest": lowest, "highest": highest}
     chosen = top_k_in_ranges(problem.utility, problem.budget, **ranges)
-    objective = float(problem.utility[chosen].sum())
+    objective = problem.worth(chosen)
     price = prices(problem.utility, problem.budget, **ranges)
     details = {"shares": {str(group): [str(low), str(high)] for group, (low, high) in shares.items()}}
     return _Solved(chosen, objective, objective, details | {"prices": {str(g): float(price[g]) for g in shares}})
 
 
-def _eligible(table: Scores, budget: int) -> Tensor:
-    eligible = torch.arange(len(table)) if table.eligible is None else table.eligible.cpu().nonzero()[:, 0]
+def _eligible(table: Scores, budget: int) -> Tensor | None:
+    """The rows that can be selected; None: all."""
+    if table.eligible is None or table.eligible.all():
+        return None
+    eligible = table.eligible.cpu().nonzero()[:, 0]
     if budget > len(eligible):
         raise ValueError(
             f"The budget is {budget}, but only {len(eligible)} of {len(table)} samples can be selected (the "
@@ -376,9 +409,8 @@ def _hard_but_trusted(table: Scores, indices: Tensor) -> dict[str, Any]:
         return {}
     alignment, labels = table["semantic_alignment"].cpu(), table.labels.cpu()
     hard = table["trust"].cpu() >= SURE
-    for rows in labels.argsort(stable=True).split(labels.bincount().tolist()):
-        if len(rows):
-            hard[rows] &= alignment[rows] <= alignment[rows].float().quantile(0.25)
+    for _, rows in rows_of_groups(labels):
+        hard[rows] &= alignment[rows] <= alignment[rows].float().quantile(0.25)
     return {"hard_but_trusted": {"there": int(hard.sum()), "kept": int(hard[indices].sum())}}
 
 
@@ -394,12 +426,12 @@ def _weights(loss_weights: Tensor, samples: int) -> Tensor:
     return weights
 
 
-def _utility_terms(scores: Scores | Tensor, score_weights: Mapping[str, float] | None) -> Tensor:
-    """(T, N), float64, on the CPU: the weighted terms whose sum is the utility."""
+def _weights_of_terms(scores: Scores | Tensor, score_weights: Mapping[str, float] | None) -> Mapping[str, float] | None:
+    """The weight of each score; None for a tensor, which is the utility itself."""
     if isinstance(scores, Tensor):
         if score_weights is not None:
             raise ValueError("score_weights go with Scores; a tensor of your own is the utility itself.")
-        return scores.detach().cpu().double()[None]
+        return None
     if not score_weights:
         raise ValueError("score_weights is empty: name at least one score.")
-    return torch.stack([scores.utility({name: weight}).cpu() for name, weight in score_weights.items()])
+    return score_weights

@@ -7,10 +7,12 @@ there.
 
 import hashlib
 import json
+import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -18,10 +20,12 @@ from uuid import uuid4
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from selectsampler.distributed import barrier, process_rank
+
 __all__ = [
+    "Column",
     "ShardStore",
     "bytes_of",
     "digest_json",
@@ -35,6 +39,19 @@ __all__ = [
 ]
 
 FORMAT = 1
+MAPPED = 2**30  # bytes of a cache from which on it is put together in a file, and not in memory
+DTYPES = {  # as safetensors calls them
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @contextmanager
@@ -52,21 +69,43 @@ def replace_atomically(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
-def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and JSON metadata to one safetensors file, atomically."""
-    contiguous: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        shared = any(
-            own.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in contiguous.values()
-        )
-        contiguous[name] = own.clone() if shared else own  # safetensors refuses two names for one memory
+@dataclass(frozen=True)
+class Column:
+    """A tensor in parts, one below the other, that need not be in memory all at once."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Iterable[Tensor]
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor | Column], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and JSON metadata to one safetensors file, atomically, without a copy of them in memory."""
+    columns = {
+        name: value if isinstance(value, Column) else Column(value.dtype, tuple(value.shape), [value])
+        for name, value in tensors.items()
+    }
+    header: dict[str, Any] = {"__metadata__": {"selectsampler": json.dumps(metadata, sort_keys=True)}}
+    order, end = sorted(columns, key=lambda name: (-columns[name].dtype.itemsize, name)), 0  # so that all are aligned
+    for name in order:
+        dtype, shape = columns[name].dtype, columns[name].shape
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    packed = json.dumps(header, separators=(",", ":")).encode()
+    packed += b" " * (-len(packed) % 8)
     with replace_atomically(Path(path)) as file:
-        file.write(save(contiguous, {"selectsampler": json.dumps(metadata, sort_keys=True)}))
+        file.write(len(packed).to_bytes(8, "little") + packed)
+        for name in order:
+            for part in columns[name].parts:
+                file.write(bytes_of(part))
+        if file.tell() != 8 + len(packed) + end:
+            raise ValueError(f"{path} was not written: its parts have not as many rows as they were said to have.")
 
 
 def read_tensors(path: Path | str, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote; `kind` is what the metadata must call itself.
+
+    The tensors lie in a private map of the file: they are read from disk where they are touched, and take no memory
+    that the system could not use otherwise. What is changed in them changes here alone, not in the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -181,19 +220,41 @@ class ShardStore:
         return read_tensors(self.path(shard), kind="shard")[0]
 
     def read(self) -> dict[str, Tensor]:
-        """All rows of all tensors; the first time, the manifest is written as well."""
+        """All rows of all tensors; the first time, the manifest is written as well.
+
+        What takes more than a gibibyte is put together in a file beside the shards, and mapped from there.
+        """
         missing = self.missing()
         if missing:
-            first = self.range(missing[0]).start
-            raise ValueError(f"{self.folder} lacks {len(missing)} of {len(self)} shards, row {first} on.")
+            row = self.range(missing[0]).start
+            raise ValueError(f"{self.folder} lacks {len(missing)} of {len(self)} shards, row {row} on.")
         manifest = self.folder / f"manifest-{digest_json(self.digests)[:24]}.json"
         if not manifest.exists():
             shards = [self.path(shard).name for shard in range(len(self))]
             content = {"key": self.key, "rows": self.rows, "shard_rows": self.shard_rows, "shards": shards}
             with replace_atomically(manifest) as file:
                 file.write(json.dumps(content, indent=1, sort_keys=True).encode())
+        first = self.read_shard(0)
+        if self.rows * sum(tensor[0].nbytes for tensor in first.values()) > MAPPED:
+            return self._mapped(first)
         parts = [self.read_shard(shard) for shard in range(len(self))]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: torch.cat([part[name] for part in parts]) for name in first}
+
+    def _mapped(self, first: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All rows of all tensors, in a map of one file, which is written where it is not there."""
+        path = self.folder / f"whole-{digest_json(self.digests)[:24]}.safetensors"
+        if not path.exists() and process_rank() == 0:
+            columns = {
+                name: Column(
+                    tensor.dtype,
+                    (self.rows, *tensor.shape[1:]),
+                    (self.read_shard(shard)[name] for shard in range(len(self))),
+                )
+                for name, tensor in first.items()
+            }
+            write_tensors(path, columns, {"kind": "shards", "format": FORMAT})
+        barrier()
+        return read_tensors(path, kind="shards")[0]
 
     def _identity(self, shard: int) -> dict[str, Any]:
         return {"kind": "shard", "format": FORMAT, "shard": self.digests[shard]}

@@ -1,5 +1,6 @@
 """Checks of what a caller hands over. Each raises a ValueError that names the first bad entry and the way out."""
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Integral
@@ -14,8 +15,12 @@ __all__ = [
     "check_labels",
     "check_mask",
     "check_vector",
+    "is_ascending",
     "resolve_budget",
 ]
+
+BLOCK = 2**16  # entries of a vector that are looked at at once: temporaries stay small at any N
+ENTRIES = 2**20  # of a matrix
 
 
 def check_features(features: Tensor, *, name: str, rows: int | None = None, dim: int | None = None) -> None:
@@ -26,9 +31,10 @@ def check_features(features: Tensor, *, name: str, rows: int | None = None, dim:
         raise ValueError(f"{name} has {len(features)} rows, but there are {rows} samples.")
     if dim is not None and features.shape[1] != dim:
         raise ValueError(f"{name} has dimension {features.shape[1]}, but {dim} was expected: were two models mixed?")
-    if not torch.isfinite(features.sum(dtype=torch.float32)):
-        bad = ~torch.isfinite(features).all(dim=1)
-        if bad.any():  # else the sum alone overflowed
+    blocks = features.split(max(1, ENTRIES // max(1, features.shape[1])))
+    if not all(math.isfinite(block.sum(dtype=torch.float32)) for block in blocks):
+        bad = torch.cat([~torch.isfinite(block).all(dim=1) for block in blocks])
+        if bad.any():  # else a sum alone overflowed
             row = int(bad.nonzero()[0])
             raise ValueError(
                 f"{name} holds NaN or infinity in {int(bad.sum())} rows, row {row} first. Embed these images again, "
@@ -42,8 +48,11 @@ def check_labels(labels: Tensor, *, samples: int, classes: int | None = None) ->
         raise ValueError(f"labels must be an int64 tensor of shape (N,), not {_describe(labels)}.")
     if len(labels) != samples:
         raise ValueError(f"There are {len(labels)} labels for {samples} samples.")
-    outside = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
-    if outside.any():
+    if not len(labels):
+        return
+    lowest, highest = (int(value) for value in labels.aminmax())
+    if lowest < 0 or (classes is not None and highest >= classes):
+        outside = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
         row = int(outside.nonzero()[0])
         range_ = "from 0 on" if classes is None else f"from 0 to {classes - 1}"
         raise ValueError(
@@ -58,8 +67,8 @@ def check_vector(values: Tensor, *, name: str, samples: int | None = None) -> No
         raise ValueError(f"{name} must be a floating point tensor of shape (N,), not {_describe(values)}.")
     if samples is not None and len(values) != samples:
         raise ValueError(f"{name} has {len(values)} entries, but there are {samples} samples.")
-    bad = ~torch.isfinite(values)
-    if bad.any():
+    if not all(torch.isfinite(block).all() for block in values.split(BLOCK)):
+        bad = ~torch.isfinite(values)
         row = int(bad.nonzero()[0])
         raise ValueError(f"{name}[{row}] is {float(values[row])} ({int(bad.sum())} such entries): it must be finite.")
 
@@ -84,8 +93,8 @@ def check_classes(class_names: Sequence[str], labels: Tensor) -> None:
             f"The class name {twice!r} stands twice, so that two classes would share one prompt. Tell them apart, "
             "as in 'crane (bird)' and 'crane (machine)'."
         )
-    beyond = labels >= len(class_names)
-    if beyond.any():
+    if len(labels) and int(labels.max()) >= len(class_names):
+        beyond = labels >= len(class_names)
         row = int(beyond.nonzero()[0])
         raise ValueError(
             f"labels[{row}] is {int(labels[row])}, but there are only {len(class_names)} class names. Pass one name "
@@ -100,15 +109,22 @@ def as_indices(indices: Tensor | Sequence[int], *, population: int | None = None
         raise ValueError(
             f"indices must be integers of shape (k,), not {_describe(given)}. A mask? Take mask.nonzero()[:, 0]."
         )
-    ordered = given.to(torch.int64).sort().values
+    ordered = given.to(torch.int64)
+    ordered = ordered.clone() if is_ascending(ordered) else ordered.sort().values  # the caller's may change
     if len(ordered) and (int(ordered[0]) < 0 or (population is not None and int(ordered[-1]) >= population)):
         culprit = int(ordered[0]) if int(ordered[0]) < 0 else int(ordered[-1])
         end = "" if population is None else f", {population}"
         raise ValueError(f"Index {culprit} lies outside [0{end}).")
-    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(repeated):
+    if not is_ascending(ordered):
+        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
         raise ValueError(f"Index {int(repeated[0])} stands more than once ({len(repeated)} repetitions in all).")
     return ordered
+
+
+def is_ascending(values: Tensor) -> bool:
+    """Whether each of the values, (n,), is higher than the one before it."""
+    blocks = (values[start : start + BLOCK + 1] for start in range(0, len(values), BLOCK))
+    return all(bool((block[1:] > block[:-1]).all()) for block in blocks)
 
 
 def resolve_budget(keep: float | str | Fraction | None, count: int | None, population: int) -> int:

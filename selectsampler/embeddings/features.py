@@ -1,15 +1,17 @@
 """What is known of a data set once a CLIP model has seen it: features, labels, statistics and where they come from."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from selectsampler.store import FORMAT, pack_strings, read_tensors, unpack_strings, write_tensors
+from selectsampler.grouping import rows_of_groups
+from selectsampler.store import FORMAT, Column, pack_strings, read_tensors, unpack_strings, write_tensors
 from selectsampler.validation import check_classes, check_features, check_labels, check_mask
 
 __all__ = ["Embeddings"]
@@ -97,6 +99,15 @@ class Embeddings:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)  # type: ignore[arg-type]
 
+    def iter_classes(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each class that has samples: its number, its rows (n,), int64, ascending, and their features (n, D).
+
+        One class is in memory at a time, if the embeddings were loaded from a file. Where the rows of a class lie side
+        by side, as in an image folder, they are read in one go.
+        """
+        for label, rows in rows_of_groups(self.labels):
+            yield label, rows, self.image[rows]
+
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, atomically."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -113,7 +124,10 @@ class Embeddings:
 
     @classmethod
     def load(cls, path: Path | str) -> "Embeddings":
-        """Read what `save` wrote.
+        """Open what `save` wrote: a map of the file, of which only what is used is read, when it is used.
+
+        Scores that go by blocks or classes so take features of any size; `to("cpu")` does not bring them into memory,
+        but `to("cuda")` brings them to the GPU.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -122,6 +136,57 @@ class Embeddings:
         tensors, metadata = read_tensors(path, kind="embeddings")
         packed = {name: unpack_strings(tensors.pop(name)) for name in ("class_names", "keys") if name in tensors}
         return cls(**tensors, **packed, temperature=metadata["temperature"], provenance=metadata["provenance"])  # type: ignore[arg-type]
+
+    @classmethod
+    def merge(cls, paths: Sequence[Path | str], into: Path | str) -> "Embeddings":
+        """Put shards of a data set, files that `save` wrote, together in one file, and load it; in little memory.
+
+        >>> Embeddings.merge(sorted(Path("shards").glob("*.safetensors")), "whole.safetensors")   # doctest: +SKIP
+
+        Args:
+            paths: in the order of the rows; all of the same model and classes.
+            into: the file to write.
+
+        Raises:
+            FileNotFoundError: if a file is not there.
+            ValueError: if a file cannot be read, or is of another model, of other classes or has other fields.
+        """
+        if not paths:
+            raise ValueError("There are no shards to merge.")
+        read = [read_tensors(path, kind="embeddings") for path in paths]
+        (first, metadata), names = read[0], read[0][0].keys()
+        for path, (tensors, other) in zip(paths, read, strict=True):
+            _check_same_kind(path, tensors, other, first, metadata)
+        starts = np.cumsum([0, *(len(tensors["image"]) for tensors, _ in read)]).tolist()
+        for start, (tensors, _) in zip(starts, read, strict=False):
+            if "twins" in tensors:
+                tensors["twins"] = tensors["twins"] + torch.tensor([start, 0])
+        columns: dict[str, Tensor | Column] = {}
+        for name in names:
+            parts = [tensors[name] for tensors, _ in read]
+            shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+            columns[name] = parts[0] if name in ("text", "class_names") else Column(parts[0].dtype, shape, parts)
+        write_tensors(into, columns, metadata | {"provenance": _common([other["provenance"] for _, other in read])})
+        return cls.load(into)
+
+
+def _check_same_kind(
+    path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, Any], first: dict[str, Tensor], of_first: Any
+) -> None:
+    """Shards that are merged differ in their rows alone."""
+    if tensors.keys() != first.keys():
+        raise ValueError(f"{path} has {', '.join(sorted(tensors))}, but the first shard {', '.join(sorted(first))}.")
+    for name, tensor in tensors.items():
+        if tensor.dtype != first[name].dtype or tensor.shape[1:] != first[name].shape[1:]:
+            raise ValueError(f"{path}: {name} has another type or dimension than in the first shard.")
+    same_prompts = all(torch.equal(tensors[name], first[name]) for name in ("text", "class_names"))
+    if not same_prompts or metadata["temperature"] != of_first["temperature"]:
+        raise ValueError(f"{path} is of another model or of other classes than the first shard: embed it again.")
+
+
+def _common(provenances: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all agree on."""
+    return {key: value for key, value in provenances[0].items() if all(p.get(key) == value for p in provenances)}
 
 
 def as_labels(labels: Tensor | Sequence[int]) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selectsampler.grouping import sort_by_group
 from selectsampler.validation import check_labels, check_vector
 
 __all__ = ["top_k"]
@@ -42,18 +43,18 @@ def top_k(utility: Tensor, k: int, *, groups: Tensor | None = None, quotas: Tens
         chosen = _largest(values, k)
     else:
         chosen = _largest_of_groups(values, groups.cpu(), quotas.cpu(), k)
-    return torch.from_numpy(chosen).to(utility.device)
+    return torch.from_numpy(np.flatnonzero(chosen)).to(utility.device)
 
 
 def _largest(values: np.ndarray, k: int) -> np.ndarray:
-    """The positions of the k largest, ascending; of equals the first."""
+    """Which are the k largest, as a mask; of equals the first."""
     if k == 0:
-        return np.empty(0, dtype=np.int64)
+        return np.zeros(len(values), dtype=bool)
     threshold = np.partition(values, len(values) - k)[len(values) - k]
     above = values > threshold
     at_threshold = np.flatnonzero(values == threshold)[: k - np.count_nonzero(above)]
     above[at_threshold] = True
-    return np.flatnonzero(above)
+    return above
 
 
 def _largest_of_groups(values: np.ndarray, groups: Tensor, quotas: Tensor, k: int) -> np.ndarray:
@@ -65,25 +66,10 @@ def _largest_of_groups(values: np.ndarray, groups: Tensor, quotas: Tensor, k: in
     if wrong.any():
         group = int(wrong.nonzero()[0])
         raise ValueError(f"quotas[{group}] is {int(quotas[group])}, but group {group} has {int(sizes[group])} samples.")
-    narrow = groups.numpy().astype(np.uint16 if len(quotas) <= 65_536 else np.int64)  # 16 bits: a radix sort
-    by_group = values[np.argsort(narrow, kind="stable")]
-    thresholds, at_threshold = np.full(len(quotas), np.inf), np.zeros(len(quotas), dtype=np.int64)
-    bounds = zip(sizes.tolist(), sizes.cumsum(0).tolist(), quotas.tolist(), strict=True)
-    for group, (size, end, quota) in enumerate(bounds):
+    order, end = sort_by_group(groups)[0].numpy(), 0
+    chosen = np.zeros(len(values), dtype=bool)
+    for size, quota in zip(sizes.tolist(), quotas.tolist(), strict=True):
+        members, end = order[end : end + size], end + size
         if quota:
-            members = by_group[end - size : end]
-            members.partition(size - quota)
-            thresholds[group] = members[size - quota]
-            at_threshold[group] = np.count_nonzero(members[size - quota :] == thresholds[group])
-    own = thresholds[narrow]
-    chosen = values > own
-    chosen[_first_of_groups(np.flatnonzero(values == own), narrow, at_threshold)] = True
-    return np.flatnonzero(chosen)
-
-
-def _first_of_groups(rows: np.ndarray, groups: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Of the rows, ascending, the first `counts[g]` of each group g."""
-    rows = rows[np.argsort(groups[rows], kind="stable")]
-    group = groups[rows]
-    place = np.arange(len(rows)) - np.searchsorted(group, group)  # within its group
-    return rows[place < counts[group]]
+            chosen[members] = _largest(values[members], quota)
+    return chosen

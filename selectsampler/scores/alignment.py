@@ -7,6 +7,8 @@ from selectsampler.validation import check_features, check_labels
 
 __all__ = ["semantic_alignment"]
 
+BLOCK = 8192  # rows that are in float32 at once
+
 
 def semantic_alignment(image_features: Tensor, text_features: Tensor, labels: Tensor) -> Tensor:
     """How well each image fits its label: cosine with its class prompt, in [-1, 1], higher is better.
@@ -34,8 +36,8 @@ def semantic_alignment(image_features: Tensor, text_features: Tensor, labels: Te
     check_labels(labels, samples=len(image_features), classes=len(text_features))
     prompts = _unit(text_features, name="text_features")
     own = image_features.new_empty(len(image_features), dtype=prompts.dtype)
-    for start in range(0, len(own), 65_536):  # bounds the float32 copies at any N
-        rows = slice(start, start + 65_536)
+    for start in range(0, len(own), BLOCK):  # bounds the float32 copies at any N
+        rows = slice(start, start + BLOCK)
         own[rows] = (_unit(image_features[rows], name="image_features", first=start) * prompts[labels[rows]]).sum(dim=1)
     return own
 

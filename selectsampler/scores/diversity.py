@@ -1,11 +1,12 @@
 """Sample diversity: how far each image lies from its nearest neighbours in its class, exactly and in bounded memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from selectsampler.grouping import rows_of_groups
 from selectsampler.precision import full_precision
 from selectsampler.validation import check_features, check_labels, check_mask
 
@@ -52,7 +53,7 @@ def sample_diversity(image_features: Tensor, labels: Tensor, k: int, *, among: T
         check_mask(among, name="among", samples=len(labels))
     diversity = torch.zeros(len(labels), dtype=torch.float32, device=image_features.device)
     with full_precision():
-        for rows in _classes(labels):
+        for _, rows in rows_of_groups(labels):
             features = image_features[rows]
             candidates = torch.arange(len(rows), device=rows.device) if among is None else among[rows].nonzero()[:, 0]
             if len(candidates):
@@ -66,15 +67,8 @@ def default_neighbours(labels: Tensor) -> int:
     >>> default_neighbours(torch.arange(10).repeat(5000)), default_neighbours(torch.arange(100).repeat(500))
     (99, 49)
     """
-    classes = len(labels.unique())
+    classes = int((torch.bincount(labels) > 0).sum())
     return max(1, min(100, round(len(labels) / classes / 10)) - 1)
-
-
-def _classes(labels: Tensor) -> Iterator[Tensor]:
-    """The rows of each class, ascending, in any storage order."""
-    order = labels.argsort(stable=True)
-    counts = labels.bincount()
-    yield from (rows for rows in order.split(counts.tolist()) if len(rows))
 
 
 def _mean_nearest(features: Tensor, candidates: Tensor, k: int) -> Tensor:

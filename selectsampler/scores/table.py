@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from selectsampler.adaptation import Adapted, adapt
 from selectsampler.embeddings.features import Embeddings
 from selectsampler.export import write_table
+from selectsampler.grouping import rows_of_groups
 from selectsampler.progress import progress_bar
 from selectsampler.scores.alignment import semantic_alignment
 from selectsampler.scores.damage import FEWEST, intactness
@@ -25,6 +26,7 @@ __all__ = ["SCORES", "Scores", "score"]
 
 SCORES = ("semantic_alignment", "sample_diversity", "trust", "trusted_diversity", "intactness")
 ON_SCALE = ("trust", "trusted_diversity", "intactness")  # probabilities, or multiples of a mean: added up as they are
+BLOCK = 2**16  # samples whose utility is worked out at once
 TRUSTED = 0.5  # at least this probable is the label of a sample that counts as trusted
 
 
@@ -89,9 +91,11 @@ class Scores:
     def scaled(self, name: str) -> Tensor:
         """(N,), float32: a column on its scale over the eligible samples, in [0, 1] where scaled; 0 for the others."""
         values = self[name].float()
-        rows = slice(None) if self.eligible is None else self.eligible
-        result = torch.zeros_like(values)
         scale = {"min_max": _min_max, "rank": _rank}[self.scaling]
+        if self.eligible is None:
+            return values.clone() if name in ON_SCALE else scale(values)
+        result = torch.zeros_like(values)
+        rows = self.eligible
         result[rows] = values[rows] if name in ON_SCALE else scale(values[rows])
         return result
 
@@ -103,13 +107,15 @@ class Scores:
         their own (`trust`, `trusted_diversity`, `intactness`) are weighted as they are.
         """
         utility = torch.zeros(len(self), dtype=torch.float64, device=self[next(iter(self.columns))].device)
+        eligible = len(self) if self.eligible is None else int(self.eligible.sum())
         for name, weight in weights.items():
-            scaled = self.scaled(name).double()
-            mean = scaled.mean() if self.eligible is None else scaled[self.eligible].mean()
-            if name in ON_SCALE:
-                utility += weight * scaled
-            elif mean > 0:
-                utility += weight * scaled / mean
+            parts = self.scaled(name).split(BLOCK)  # float64 copies stay small at any N
+            mean = sum(part.double().sum() for part in parts) / eligible if eligible else 0.0
+            for total, part in zip(utility.split(BLOCK), parts, strict=True):
+                if name in ON_SCALE:
+                    total += weight * part.double()
+                elif mean > 0:
+                    total += weight * part.double() / mean
         return utility
 
     def save(self, path: Path | str) -> None:
@@ -235,15 +241,13 @@ def _alignment(adapted: Adapted) -> Tensor:
     return alignment
 
 
-def _diversity(features: Tensor, source: Embeddings, k: int, *, among: Tensor | None = None, progress: bool) -> Tensor:
+def _diversity(features: Tensor, source: Embeddings, k: int, *, progress: bool) -> Tensor:
     """Sample diversity among the readable images, class by class for the sake of the progress bar."""
     diversity = torch.zeros(len(source), device=source.image.device)
-    order = source.labels.argsort(stable=True)
-    with progress_bar("score", len(order), unit="image", show=progress) as bar:
-        for rows in order.split(source.labels.bincount().tolist()):
+    with progress_bar("score", len(source), unit="image", show=progress) as bar:
+        for _, rows in rows_of_groups(source.labels):
             readable = rows if source.readable is None else rows[source.readable[rows]]
-            some = None if among is None else among[readable]
-            diversity[readable] = sample_diversity(features[readable], source.labels[readable], k, among=some)
+            diversity[readable] = sample_diversity(features[readable], torch.zeros_like(readable), k)
             bar.update(len(rows))
     return diversity
 
@@ -289,16 +293,17 @@ def _trust(source: Embeddings, seed: int, *, progress: bool) -> Trust:
 def _trusted_diversity(source: Embeddings, trust: Tensor, k: int, *, progress: bool) -> Tensor:
     """Trust times the distance to the nearest trusted samples of the class, over its mean; 0 for near-duplicates."""
     trusted = trust >= TRUSTED
-    readable = torch.ones_like(trusted) if source.readable is None else source.readable
-    diversity = torch.zeros(len(source), device=trust.device)
-    directions = normalize(source.image[readable].float(), dim=1)
-    seen = Embeddings(directions, source.text, source.labels[readable], source.class_names)
-    diversity[readable] = _diversity(directions, seen, k, among=trusted[readable], progress=progress)
-    repeated = near_duplicates(directions, seen.labels, trust[readable])
+    diversity, repeated = torch.zeros_like(trust), torch.zeros_like(trusted)
+    with progress_bar("score", len(source), unit="image", show=progress) as bar:
+        for _, rows in rows_of_groups(source.labels):
+            readable = rows if source.readable is None else rows[source.readable[rows]]
+            directions, one = normalize(source.image[readable].float(), dim=1), torch.zeros_like(readable)
+            diversity[readable] = sample_diversity(directions, one, k, among=trusted[readable])
+            repeated[readable] = near_duplicates(directions, one, trust[readable])
+            bar.update(len(rows))
     mean = diversity[trusted].mean() if trusted.any() else diversity.new_tensor(0.0)
     diversity = trust * diversity / mean if mean > 0 else diversity
-    diversity[readable.nonzero()[repeated, 0]] = 0
-    return diversity
+    return diversity.masked_fill_(repeated, 0)
 
 
 def _described(trust: Trust, class_names: Sequence[str]) -> dict[str, Any]:
@@ -313,7 +318,7 @@ def _described(trust: Trust, class_names: Sequence[str]) -> dict[str, Any]:
 
 def _min_max(values: Tensor) -> Tensor:
     low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+    return (values - low).div_(high - low) if high > low else torch.zeros_like(values)
 
 
 def _rank(values: Tensor) -> Tensor:
