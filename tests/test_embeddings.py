@@ -475,8 +475,9 @@ def test_a_fault_of_the_preprocessing_is_not_taken_for_a_damaged_image(pairs, ti
             raise ValueError("a fault of its own")
         return preprocess(image)
 
-    with pytest.raises(ValueError, match=r"^a fault of its own$"):
+    with pytest.raises(ValueError, match=r"^a fault of its own") as caught:
         run(pairs, (model, fails_once, tokenizer), unreadable="drop")
+    assert str(caught.value) == "a fault of its own"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e6])

@@ -3,15 +3,18 @@
 import hashlib
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from selectsampler.distributed import barrier, process_count, process_rank
 from selectsampler.embeddings.clip import Clip, load_clip
@@ -19,6 +22,7 @@ from selectsampler.embeddings.damaging import REVISION, twin_of
 from selectsampler.embeddings.datasets import UNREADABLE, Images, NotAnImage, as_images, digest_pixels
 from selectsampler.embeddings.features import Embeddings, as_labels
 from selectsampler.embeddings.statistics import STATISTICS, statistics_of
+from selectsampler.embeddings.throughput import Throughput
 from selectsampler.progress import progress_bar
 from selectsampler.store import FORMAT, ShardStore, bytes_of, digest_json, digest_tensors, read_tensors, write_tensors
 from selectsampler.validation import check_classes, check_labels
@@ -26,12 +30,15 @@ from selectsampler.validation import check_classes, check_labels
 __all__ = ["UnreadableImages", "dataset_fingerprint", "embed"]
 
 SHARD = 1024  # images; a kill costs at most these
+AHEAD = 2  # batches that are prepared before the model gets to them
+ON_CPU = 64  # images that go through the model at once, at most
 AT_ONCE = 2**22  # bytes of pixels whose statistics are taken together
 NO_TWIN = -1  # where the number of a kind of damage would stand
 NO_CONTENT = bytes(32)  # where a digest would stand, had the image been readable
 
 Template = str | Callable[[str], str]
 Columns = dict[str, Tensor]
+T = TypeVar("T")
 
 
 class UnreadableImages(ValueError):
@@ -80,15 +87,16 @@ def embed(
         templates: one or several prompts, as `A photo of a {}` (the default) or as functions of the name; the unit
             features of several are averaged.
         labels: N integers; by default the data set's own, read without decoding images where it offers them.
-        batch_size: images that go through the model at once.
-        num_workers: processes that decode and preprocess.
+        batch_size: images that go through the model at once; on a CPU at most 64.
+        num_workers: processes that decode and preprocess; with 0 this one does it, while the model is at work.
         device: `auto` takes CUDA, then MPS, then the CPU.
         precision: `fp32`, `amp` or `amp_bf16`; by default `amp` on CUDA and `fp32` elsewhere.
         cache_dir: where features are kept. The key is (weights, preprocessing, precision, inputs), never the labels.
         fingerprint: what tells one input from another. `auto`: (name, size) of files, content in memory; `content`: the
             pixels, read again each time; any other string stands for the data set as it is, at your word.
         unreadable: `raise` lists every image that cannot be decoded, `drop` keeps them out of the selection.
-        progress: show a bar on a terminal if it takes longer than two seconds.
+        progress: if it takes longer than two seconds, show a bar on a terminal, and at the end print on standard error
+            how fast it was and what it was bound by.
 
     Returns:
         Embeddings with float16 features of the model's own length.
@@ -224,8 +232,7 @@ def _embed_images(
     if cache_dir is None:
         if process_count() > 1:
             raise ValueError("Several processes share the work through cache_dir: name a folder that all of them see.")
-        shards = [columns for _, columns in _encode(prepared, model, dict(enumerate(_ranges(images))), options)]
-        columns = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+        columns = _joined(_encode(prepared, model, dict(enumerate(_ranges(images))), None, options))
     else:
         key = {**model.identity(), "statistics": STATISTICS, "twins": REVISION}
         store = ShardStore(cache_dir, key, inputs, rows=len(images), shard_rows=SHARD)
@@ -242,8 +249,7 @@ def _fill(store: ShardStore, prepared: "PreparedImages", model: Clip, options: d
         missing = _distrust_other_content(store, prepared.images, options)
     missing = _distrust_repaired(store, missing, prepared.images)
     own = {shard: store.range(shard) for shard in missing if shard % process_count() == process_rank()}
-    for shard, columns in _encode(prepared, model, own, options):
-        store.write(shard, columns)
+    _encode(prepared, model, own, store, options)
     barrier()
     return store.read()
 
@@ -318,11 +324,12 @@ class PreparedImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Columns, float]:
+        """A batch, as loaders ask for it, and the seconds it took.
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """A batch, as loaders ask for it: many small images are looked at together, of large ones few are held."""
+        Many small images are looked at together, of large ones few are held.
+        """
+        started = perf_counter()
         rows: list[dict[str, Any]] = []
         seen: list[tuple[dict[str, Any], str, np.ndarray]] = []
         waiting = 0
@@ -335,7 +342,7 @@ class PreparedImages(Dataset):
                 _note_statistics(seen)
                 seen, waiting = [], 0
         _note_statistics(seen)
-        return rows
+        return default_collate(rows), perf_counter() - started
 
     def _prepare(self, index: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """All of a row but its statistics, and the pixels to take them of."""
@@ -346,7 +353,7 @@ class PreparedImages(Dataset):
         unseen = np.zeros(len(STATISTICS), dtype=np.float32)
         twin = None if image is None else twin_of(image)
         row = {
-            "pixels": self.blank if image is None else self.preprocess(image),
+            "pixels": self.blank if image is None else self._preprocess(image, index),
             "image_statistics": unseen,
             "readable": image is not None,
             "twin": NO_TWIN if twin is None else twin[0],
@@ -357,6 +364,14 @@ class PreparedImages(Dataset):
         seen = {"image_statistics": image, "twin_statistics": None if twin is None else twin[1]}
         return row, {name: np.asarray(of_row) for name, of_row in seen.items() if of_row is not None}
 
+    def _preprocess(self, image: Image.Image, index: int) -> Tensor:
+        try:
+            return self.preprocess(image)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(f"It was raised by CLIP's preprocess of {_name(self.images.keys(), index)}.")
+            raise
+
 
 def _note_statistics(seen: Sequence[tuple[dict[str, Any], str, np.ndarray]]) -> None:
     for (row, name, _), values in zip(seen, statistics_of([pixels for _, _, pixels in seen]), strict=True):
@@ -364,32 +379,108 @@ def _note_statistics(seen: Sequence[tuple[dict[str, Any], str, np.ndarray]]) -> 
 
 
 def _encode(
+    prepared: PreparedImages, model: Clip, shards: dict[int, range], store: ShardStore | None, options: dict[str, Any]
+) -> list[Columns]:
+    """Write the columns of each shard, or return them where there is no store.
+
+    While this thread prepares images (no other touches the data set), a second one runs the model and writes. These two
+    share it, so that a kill costs no more than one shard. No batch crosses a shard's end, so that a resumed run repeats
+    it exactly.
+    """
+    stream, images = _batches(prepared, model, shards, options), sum(len(rows) for rows in shards.values())
+    done: list[Columns] = []
+    throughput = Throughput(images, side_by_side=max(1, options["num_workers"]))
+    bar = progress_bar("embed", len(prepared), unit="image", initial=len(prepared) - images, show=options["progress"])
+
+    def encode(batch: Columns) -> Columns:
+        with throughput.timing("encode"):
+            columns = _encode_batch(batch, model)
+        bar.update(len(columns["readable"]))
+        return columns
+
+    def finish(shard: int, parts: list[Future[Columns]]) -> None:
+        columns = _joined([part.result() for part in parts])
+        _check_finite(columns, shards[shard], prepared.images)
+        if store is None:
+            done.append(columns)
+        else:
+            with throughput.timing("write"):
+                store.write(shard, columns)
+
+    with bar, Background(AHEAD) as background:
+        for shard, rows in shards.items():
+            parts = []
+            for _ in range(math.ceil(len(rows) / _batch_size(model, options))):
+                batch, seconds = next(stream)
+                throughput.add("prepare", seconds)
+                parts.append(background.submit(encode, batch))
+            background.submit(finish, shard, parts)
+    if options["progress"]:
+        throughput.report()
+    return done
+
+
+class Background:
+    """A thread that does one thing after another while its owner goes on; both stop where either fails.
+
+    Args:
+        ahead: of so many calls the owner does not wait for the result.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embed")
+        self._waiting: deque[Future[Any]] = deque()
+        self._ahead = ahead
+
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Have it done; raises what an earlier call raised."""
+        while len(self._waiting) >= self._ahead:
+            self._waiting.popleft().result()
+        future = self._thread.submit(function, *arguments)
+        self._waiting.append(future)
+        return future
+
+    def __enter__(self) -> "Background":
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        try:
+            while self._waiting and error is None:
+                self._waiting.popleft().result()
+        finally:  # also where the owner is interrupted: what is under way ends, the rest is not begun
+            self._thread.shutdown(cancel_futures=True)
+
+
+def _batch_size(model: Clip, options: dict[str, Any]) -> int:
+    """On a CPU fewer images at once: their activations stay in its caches, and the model begins earlier."""
+    return min(options["batch_size"], ON_CPU) if model.device.type == "cpu" else options["batch_size"]
+
+
+def _batches(
     prepared: PreparedImages, model: Clip, shards: dict[int, range], options: dict[str, Any]
-) -> Iterator[tuple[int, Columns]]:
-    """The columns of each shard, in turn. No batch crosses a shard's end, so that a resumed run repeats it exactly."""
-    size = options["batch_size"]
+) -> Iterator[tuple[Columns, float]]:
+    """The prepared batches of all shards in turn, each with the seconds it took."""
+    size = _batch_size(model, options)
     batches = [list(rows[start : start + size]) for rows in shards.values() for start in range(0, len(rows), size)]
+    if not batches:
+        return iter(())
     loader = DataLoader(
         prepared,
         batch_sampler=batches,
         num_workers=options["num_workers"],
+        collate_fn=_as_it_is,
         pin_memory=model.device.type == "cuda",
         generator=torch.Generator(),  # else the loader draws from the global one, and a cached run would not
     )
-    stream = iter(loader) if batches else iter(())
-    images = sum(len(rows) for rows in shards.values())
-    done = len(prepared) - images
-    with progress_bar("embed", len(prepared), unit="image", initial=done, show=options["progress"]) as bar:
-        batch: Columns
-        for shard, rows in shards.items():
-            parts: list[Columns] = []
-            for _ in range(math.ceil(len(rows) / size)):
-                batch = next(stream)
-                parts.append(_encode_batch(batch, model))
-                bar.update(len(batch["readable"]))
-            columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            _check_finite(columns, rows, prepared.images)
-            yield shard, columns
+    return iter(loader)
+
+
+def _as_it_is(batch: T) -> T:
+    return batch
+
+
+def _joined(parts: Sequence[Columns]) -> Columns:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _encode_batch(batch: Columns, model: Clip) -> Columns:
