@@ -296,5 +296,7 @@ def unpack_strings(packed: Tensor) -> list[str]:
 def bytes_of(array: np.ndarray | Tensor) -> memoryview:
     """The bytes of an array, for a digest."""
     if isinstance(array, Tensor):  # viewed as bytes first: numpy knows no bfloat16
-        array = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        array = array.detach().cpu().contiguous().reshape(-1)
+        # what numpy made of no elements has a stride of 0, which torch does not view as bytes
+        array = (array.view(torch.uint8) if len(array) else torch.empty(0, dtype=torch.uint8)).numpy()
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
