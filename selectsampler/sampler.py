@@ -9,15 +9,15 @@ from operator import length_hint
 from types import NoneType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from selectsampler.distributed import from_rank_zero, has_group, process_count, process_rank
+from selectsampler.order import EpochOrder
 from selectsampler.selection import Selection
 
-__all__ = ["SelectSampler", "epoch_order", "rank_shard", "with_sampler"]
+__all__ = ["SelectSampler", "with_sampler"]
 
 CHUNK = 8192  # indices that become Python integers at once: few enough to stay in the processor's cache
 
@@ -85,7 +85,7 @@ class SelectSampler(DistributedSampler[int]):
         self._replaced: str | None = None  # the fingerprint of the selection before the last update
         self._chunk: Iterator[int] = iter(())
         self._chunk_end = 0
-        self._shard_cache: tuple[tuple, Tensor] | None = None
+        self._order_cache: tuple[tuple, EpochOrder] | None = None
 
     @classmethod
     def from_process_group(cls, selection: Selection | Sequence[int] | Tensor, **options: Any) -> "SelectSampler":
@@ -272,15 +272,14 @@ class SelectSampler(DistributedSampler[int]):
             ValueError: if the epoch has no such step.
         """
         self._follow_group()
-        samples = self._shard()
-        if not 0 <= shard < num_shards or not 0 <= step * num_shards * batch_size < len(samples):
+        order = self._order()
+        if not 0 <= shard < num_shards or not 0 <= step * num_shards * batch_size < len(order):
             raise ValueError(
                 f"Step {step} (batches of {batch_size}, shard {shard} of {num_shards}) is not in this epoch."
             )
         start = (step * num_shards + shard) * batch_size
-        if num_shards == 1:
-            return samples[start : start + batch_size].clone()
-        return samples[torch.arange(start, start + batch_size) % len(samples)]
+        stop = start + batch_size
+        return order[start : stop if num_shards > 1 else min(stop, len(order))].clone()
 
     def _epoch_length(self) -> int:
         return len(self.selection) if self.epoch_size is None else self.epoch_size
@@ -319,58 +318,31 @@ class SelectSampler(DistributedSampler[int]):
                 "accelerate and the Hugging Face Trainer, which shard batches themselves."
             )
 
-    def _shard(self) -> Tensor:
+    def _order(self) -> EpochOrder:
         """This rank's samples of the current epoch."""
         key = (self.epoch, self.selection.fingerprint, self.num_replicas, self.rank)
-        if self._shard_cache is None or self._shard_cache[0] != key:
-            order = epoch_order(
-                self.selection.indices, self.seed, self.epoch, shuffle=self.shuffle, epoch_size=self.epoch_size
+        if self._order_cache is None or self._order_cache[0] != key:
+            self._order_cache = None  # one permutation at a time
+            ranks = {"num_replicas": self.num_replicas, "rank": self.rank, "drop_last": self.drop_last}
+            order = EpochOrder(
+                self.selection.indices,
+                self.seed,
+                self.epoch,
+                shuffle=self.shuffle,
+                epoch_size=self.epoch_size,
+                **ranks,  # type: ignore[arg-type]
             )
-            self._shard_cache = key, rank_shard(order, self.num_replicas, self.rank, drop_last=self.drop_last)
-        return self._shard_cache[1]
+            self._order_cache = key, order
+        return self._order_cache[1]
 
     def _chunks(self) -> Iterator[Iterable[int]]:
         """Iterators over Python integers; a chunk at a time, since a list of all would be eight times the tensor."""
-        shard = self._shard()
+        order = self._order()
         start, self._resume_at = self._resume_at, 0
-        for begin in range(start, len(shard), CHUNK):
-            values = shard[begin : begin + CHUNK].tolist()
+        for begin in range(start, len(order), CHUNK):
+            values = order[begin : min(begin + CHUNK, len(order))].tolist()
             self._chunk, self._chunk_end = iter(values), begin + len(values)
             yield self._chunk
-
-
-def epoch_order(
-    indices: Tensor, seed: int, epoch: int, *, shuffle: bool = True, epoch_size: int | None = None
-) -> Tensor:
-    """The samples of an epoch, in order: a permutation of `indices` drawn from (seed, epoch).
-
-    >>> epoch_order(torch.tensor([2, 3, 5, 7]), seed=0, epoch=1, shuffle=False, epoch_size=3)
-    tensor([7, 2, 3])
-
-    With `epoch_size`, epochs are cut one after the other from an endless walk through permutations drawn from
-    (seed, 0), (seed, 1), ...
-    """
-    if epoch_size is None:
-        return _pass(indices, seed, epoch, shuffle=shuffle)
-    parts, position, end = [], epoch * epoch_size, (epoch + 1) * epoch_size
-    while position < end:
-        number, offset = divmod(position, len(indices))
-        part = _pass(indices, seed, number, shuffle=shuffle)[offset : offset + end - position]
-        parts.append(part)
-        position += len(part)
-    return torch.cat(parts)
-
-
-def rank_shard(order: Tensor, num_replicas: int, rank: int, *, drop_last: bool = False) -> Tensor:
-    """The samples of one rank: every R-th from its own number on, made even by repeating the head or dropping the tail.
-
-    >>> [rank_shard(torch.tensor([2, 3, 5, 7, 11]), 2, rank).tolist() for rank in (0, 1)]
-    [[2, 5, 11], [3, 7, 2]]
-    """
-    if num_replicas == 1:
-        return order
-    count = len(order) // num_replicas if drop_last else -(-len(order) // num_replicas)
-    return order[(torch.arange(count) * num_replicas + rank) % len(order)]
 
 
 def with_sampler(loader: Any, sampler: SelectSampler) -> Any:
@@ -403,19 +375,10 @@ def with_sampler(loader: Any, sampler: SelectSampler) -> Any:
     return type(loader)(sampler=sampler, **_loader_arguments(loader))
 
 
-def _pass(indices: Tensor, seed: int, number: int, *, shuffle: bool) -> Tensor:
-    """One pass through all indices. Seeds are mixed, not added: seed 0's second epoch is not seed 1's first."""
-    if not shuffle:
-        return indices
-    state = np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(state >> np.uint64(1)))
-    narrow = torch.int32 if len(indices) < 2**31 else torch.int64  # the same numbers either way, in half the memory
-    return indices.index_select(0, torch.randperm(len(indices), generator=generator, dtype=narrow))
-
-
 def _selection_of(indices: Sequence[int] | Tensor) -> Selection:
     """A selection of bare indices: nothing is known of the data set but that it reaches as far as they do."""
-    return Selection(indices, population=int(max(indices)) + 1 if len(indices) else 0)
+    given = torch.as_tensor(indices)
+    return Selection(given, population=int(given.max()) + 1 if len(given) else 0)
 
 
 def _loader_arguments(loader: DataLoader) -> dict[str, Any]:

@@ -244,17 +244,15 @@ class ShardStore:
         """All rows of all tensors, in a map of one file, which is written where it is not there."""
         path = self.folder / f"whole-{digest_json(self.digests)[:24]}.safetensors"
         if not path.exists() and process_rank() == 0:
-            columns = {
-                name: Column(
-                    tensor.dtype,
-                    (self.rows, *tensor.shape[1:]),
-                    (self.read_shard(shard)[name] for shard in range(len(self))),
-                )
-                for name, tensor in first.items()
-            }
+            columns = {name: self._column(name, tensor) for name, tensor in first.items()}
             write_tensors(path, columns, {"kind": "shards", "format": FORMAT})
         barrier()
         return read_tensors(path, kind="shards")[0]
+
+    def _column(self, name: str, first: Tensor) -> Column:
+        """All rows of one tensor, shard by shard; `first` is its part of the first shard."""
+        parts = (self.read_shard(shard)[name] for shard in range(len(self)))
+        return Column(first.dtype, (self.rows, *first.shape[1:]), parts)
 
     def _identity(self, shard: int) -> dict[str, Any]:
         return {"kind": "shard", "format": FORMAT, "shard": self.digests[shard]}
