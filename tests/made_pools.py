@@ -22,6 +22,25 @@ def write_pool(
     return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
 
 
+def corrupt_uids(folder: Path, name: str) -> None:
+    """Overwrite the start of the uid pages of a row group in the middle of a shard's parquet."""
+    path = folder / f"{name}.parquet"
+    group = parquet.ParquetFile(path).metadata.row_group(1)
+    (column,) = (c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "uid")
+    start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 200] = b"\xff" * 200
+    path.write_bytes(content)
+
+
+def lose_uid(folder: Path, name: str) -> None:
+    """Make the uid of row 105 of a shard null."""
+    path = folder / f"{name}.parquet"
+    columns = parquet.read_table(path).to_pydict()
+    columns["uid"][105] = None
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=97)
+
+
 def made_columns(rows: int, dim: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
     image = generator.normal(size=(rows, dim))
     text = image + 2 * generator.normal(size=(rows, dim))

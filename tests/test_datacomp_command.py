@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from made_pools import made_columns, write_pool, write_shard
+from made_pools import corrupt_uids, lose_uid, made_columns, write_pool, write_shard
 
 from selectsampler.cli import main
 from selectsampler.datacomp import read_uids
@@ -176,8 +176,24 @@ def test_parts_stay_until_the_uid_file_stands_whichever_rank_is_faster(pool):
     program.write_text(SLOW_TO_WRITE)
     done = torchrun([str(program), *arguments(pool, "two.npy")])
     assert done.returncode == 0, done.stderr
-    assert "parts 8" in done.stdout  # two groups twice, and four shards
+    assert "parts 12" in done.stdout  # two groups twice, four shards, and the uids of these
     assert not (pool.parent / "two.npy.work").exists()
+
+
+def test_every_rank_hears_of_uids_that_cannot_be_read(pool):
+    lose_uid(pool, "s1")
+    corrupt_uids(pool, "s2")
+    program = ["-m", "selectsampler"]
+    stopped = torchrun([*program, *arguments(pool, "two.npy")])
+    assert stopped.returncode != 0
+    assert "cannot be used: its parquet fails" in stopped.stderr
+    assert "lost contact" not in stopped.stderr
+    left = torchrun([*program, *arguments(pool, "two.npy", "--skip-broken")])
+    assert left.returncode == 0, left.stderr
+    assert "left out: shard s1" in left.stderr
+    assert "left out: shard s2" in left.stderr
+    assert main(arguments(pool, "one.npy", "--skip-broken")) == 0
+    assert (pool.parent / "one.npy").read_bytes() == (pool.parent / "two.npy").read_bytes()
 
 
 def test_ranks_without_a_shared_folder_send_what_the_first_lacks(pool):

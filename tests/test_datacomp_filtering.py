@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_pools import made_columns, write_pool, write_shard
+from made_pools import corrupt_uids, lose_uid, made_columns, write_pool, write_shard
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
@@ -333,6 +333,36 @@ def test_a_shard_that_breaks_while_it_is_read_is_named_or_left_out(tmp_path):
     assert kept.provenance["rows"] == 270
 
 
+@pytest.mark.parametrize(("damage", "message"), [(corrupt_uids, "its parquet fails"), (lose_uid, "row 105 is None")])
+@pytest.mark.parametrize("score", ["s-clip-loss", "clip-score", "norm-sim-dynamic"])
+def test_uids_that_cannot_be_read_are_found_before_anything_is_scored(tmp_path, monkeypatch, damage, message, score):
+    columns = write_pool(tmp_path / "pool", [100, 180, 120])
+    damage(tmp_path / "pool", "s1")
+    stages, options = [Stage(score, keep="0.3")], SMALL | {"work": tmp_path / "work"}
+    kept = filter_pool(tmp_path / "pool", stages, **options, skip_broken=True)
+    assert list(kept.provenance["broken"]) == ["s1"]
+    assert len(kept.uids) == int(Fraction("0.3") * 220)
+    assert set(format_uids(kept.uids)) <= set(np.delete(columns["uid"], range(100, 280)))
+    monkeypatch.setattr(scoring_module, "s_clip_loss_of_batch", None)  # not reached
+    with pytest.raises(ShardError, match=f"Shard s1 .*{message}.*skip_broken goes on without"):
+        filter_pool(tmp_path / "pool", stages, **options)
+
+
+def test_a_shard_that_vanishes_before_its_uids_are_taken_is_left_out(tmp_path, monkeypatch):
+    write_pool(tmp_path / "pool", [100, 80, 120])
+    whole = Pool.columns
+
+    def vanishing(pool, shard, names, rows=None):
+        if rows is not None:
+            (tmp_path / "pool" / "s1.parquet").unlink(missing_ok=True)
+        return whole(pool, shard, names, rows)
+
+    monkeypatch.setattr(Pool, "columns", vanishing)
+    kept = filter_pool(tmp_path / "pool", CLIP, **SMALL, work=tmp_path / "work", skip_broken=True)
+    assert list(kept.provenance["broken"]) == ["s1"]
+    assert len(kept.uids) == int(Fraction("0.3") * 220)
+
+
 def test_a_shard_that_breaks_in_a_later_stage_is_left_out_of_all(tmp_path):
     write_pool(tmp_path / "pool", [100, 80, 120])
     np.save(tmp_path / "target.npy", np.ones((1, 16), dtype=np.float16))
@@ -477,7 +507,10 @@ def test_a_pool_of_broken_shards_only_is_told_as_that(tmp_path):
     columns["l14_img"][7] = 0
     (tmp_path / "pool").mkdir()
     write_shard(tmp_path / "pool", "s0", columns)
-    with pytest.raises(ValueError, match=r"No shard of .* can be used: .*row 7 of l14_img"):
+    write_shard(tmp_path / "pool", "s1", columns)
+    with pytest.raises(
+        ValueError, match=r"No shard of .* can be used \(2 are broken\). The first, s0: row 7 of l14_img"
+    ):
         filter_pool(tmp_path / "pool", CLIP, **SMALL, work=tmp_path / "work", skip_broken=True)
 
 

@@ -4,8 +4,10 @@ import time
 
 import fsspec
 import numpy as np
+import pyarrow
 import pytest
 from made_pools import made_columns, write_pool, write_shard
+from pyarrow import parquet
 
 from selectsampler.datacomp import ShardError, format_uids, open_pool, parse_uids, read_pool, verify_pool
 
@@ -111,9 +113,25 @@ def drop_column(folder):
     write_shard(folder, "s1", columns)
 
 
+def cast_uids(folder, kind):
+    table = parquet.read_table(folder / "s1.parquet")
+    uids = pyarrow.array(table["uid"].to_pylist(), type=kind)
+    parquet.write_table(table.set_column(0, "uid", uids), folder / "s1.parquet")
+
+
+def turn_uids_into_a_view(folder):
+    cast_uids(folder, pyarrow.string_view())
+
+
+def turn_uids_into_bytes(folder):
+    cast_uids(folder, pyarrow.binary(32))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (turn_uids_into_a_view, "its column 'uid' is string_view, but must be string"),
+        (turn_uids_into_bytes, r"its column 'uid' is fixed_size_binary\[32\], but must be string"),
         (break_npz, "npz is missing"),
         (cut_npz, "not a zip file"),
         (cut_parquet, "[Pp]arquet"),
@@ -144,6 +162,36 @@ def test_a_damaged_byte_is_found_by_its_checksum(tmp_path):
     opened = open_pool(tmp_path, members=["l14_img"])
     with pytest.raises(ShardError, match="CRC"):
         list(opened.blocks(opened.shards[0], "l14_img"))
+
+
+@pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+def test_uids_may_be_any_strings_that_can_be_filtered(tmp_path, kind):
+    expected = write_pool(tmp_path, [20, 30])["uid"]
+    table = parquet.read_table(tmp_path / "s1.parquet")
+    uids = table["uid"].cast(kind) if kind == pyarrow.large_string() else table["uid"].dictionary_encode()
+    parquet.write_table(table.set_column(0, "uid", uids), tmp_path / "s1.parquet")
+    opened = open_pool(tmp_path)
+    blocks = [block["uid"] for shard in opened.shards for block in opened.columns(shard, ["uid"], np.ones(30, bool))]
+    assert format_uids(np.concatenate(blocks)) == expected.tolist()
+
+
+def test_hidden_files_are_no_shards(tmp_path):
+    write_pool(tmp_path, [20])
+    for suffix in ("parquet", "npz"):
+        (tmp_path / f".s0.{suffix}").write_bytes(b"left by another system")
+    assert [shard.name for shard in open_pool(tmp_path, members=["l14_img"]).shards] == ["s0"]
+    assert list(verify_pool(tmp_path)["archs"]) == ["l14"]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_file_is_no_pool(tmp_path, remote):
+    write_pool(tmp_path, [20])
+    path = str(tmp_path / "s0.parquet")
+    if remote:
+        path = f"memory://{tmp_path.name}/s0.parquet"
+        fsspec.filesystem("memory").pipe(path, (tmp_path / "s0.parquet").read_bytes())
+    with pytest.raises(ValueError, match=r"s0.parquet is a file, but a pool is a flat folder"):
+        open_pool(path)
 
 
 def test_mixed_dimensions_and_empty_folders_are_refused(tmp_path):

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selectsampler.datacomp.parts import Run, ShrunkPoolError, one_thread_each
+from selectsampler.datacomp.parts import Run, ShrunkPoolError, one_thread_each, sweep
 from selectsampler.datacomp.pool import Pool, ShardError
 from selectsampler.datacomp.ranks import everyone, first_on_its_machine, from_first, split_by_size, total
 from selectsampler.datacomp.scorers import candidate_images
-from selectsampler.datacomp.scoring import sweep
 from selectsampler.distributed import process_count, process_rank
 from selectsampler.progress import progress_bar
 from selectsampler.scores.norm_sim import norm_sim_2, second_moment

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from selectsampler import __version__
 from selectsampler.datacomp.dynamic import norm_sim_dynamic_of_pool
 from selectsampler.datacomp.files import check_local
-from selectsampler.datacomp.parts import Run, ShrunkPoolError, score_by_shard
+from selectsampler.datacomp.parts import Run, ShrunkPoolError, check_uids, score_by_shard
 from selectsampler.datacomp.pool import Pool, Shard, ShardError, open_pool
 from selectsampler.datacomp.ranks import first_on_its_machine, from_first, join
 from selectsampler.datacomp.scorers import check_inputs, scorer_of
@@ -156,6 +156,7 @@ class _Filtering:
                 pool = pool.without(problem.broken)
 
     def __call__(self, pool: Pool, stages: Sequence[Stage]) -> Filtered | None:
+        check_uids(pool, self.run)
         candidates = np.ones(pool.rows, dtype=bool)
         records: list[dict[str, Any]] = []
         if self.within is not None:
@@ -164,7 +165,8 @@ class _Filtering:
         for stage in stages:
             inputs = [path for path in (stage.target, stage.centroids) if path is not None]
             candidates = _agreed(self._kept(pool, stage, candidates), stage.described(), inputs, records, pool.rows)
-        if process_rank() > 0:
+        uids = _uids_of(pool, candidates)
+        if uids is None:
             return None
         provenance = {
             "selectsampler": __version__,
@@ -177,7 +179,7 @@ class _Filtering:
             "device": self.run.device.type,
             "stages": records,
         }
-        return Filtered(_uids_of(pool, candidates), provenance)
+        return Filtered(uids, provenance)
 
     def _kept(self, pool: Pool, stage: Stage, candidates: np.ndarray) -> "Decision":
         """How rank 0 finds which candidates a stage keeps; what takes all ranks is done when this returns."""
@@ -282,16 +284,23 @@ def _open(folder: Path | str, stages: Sequence[Stage], arch: str, *, skip_broken
     return from_first(lambda: open_pool(folder, members=members, columns=columns, skip_broken=skip_broken))
 
 
-def _uids_of(pool: Pool, kept: np.ndarray) -> np.ndarray:
-    """(n,), `UID`, in the order of the pool."""
-    uids = np.empty(int(kept.sum()), dtype=UID)
-    row = found = 0
-    for shard in pool.shards:
-        for block in pool.columns(shard, ["uid"], kept[row : row + shard.rows]):
-            uids[found : found + len(block["uid"])] = block["uid"]
-            found += len(block["uid"])
-        row += shard.rows
-    return uids
+def _uids_of(pool: Pool, kept: np.ndarray) -> np.ndarray | None:
+    """(n,), `UID`, in the order of the pool, on rank 0; None on others, who hear of a shard that is gone by now."""
+    uids = np.empty(int(kept.sum()) if process_rank() == 0 else 0, dtype=UID)
+
+    def read() -> None:
+        row = found = 0
+        for shard in pool.shards:
+            try:
+                for block in pool.columns(shard, ["uid"], kept[row : row + shard.rows]):
+                    uids[found : found + len(block["uid"])] = block["uid"]
+                    found += len(block["uid"])
+            except ShardError as problem:
+                raise ShrunkPoolError({problem.shard: problem.reason}) from problem
+            row += shard.rows
+
+    from_first(read)
+    return uids if process_rank() == 0 else None
 
 
 def _check_numbers(s_clip_loss: Mapping[str, Any], *, threads: int) -> None:

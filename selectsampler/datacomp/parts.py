@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from threading import Event
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from selectsampler.datacomp.pool import Pool, Shard, ShardError
-from selectsampler.datacomp.ranks import collect, everyone, split_by_size
+from selectsampler.datacomp.ranks import collect, everyone, first_on_its_machine, split_by_size
 from selectsampler.distributed import process_count, process_rank
 from selectsampler.precision import full_precision
 from selectsampler.progress import progress_bar
@@ -27,10 +30,12 @@ __all__ = [
     "Room",
     "Run",
     "ShrunkPoolError",
+    "check_uids",
     "compute_parts",
     "one_thread_each",
     "read_part",
     "score_by_shard",
+    "sweep",
 ]
 
 
@@ -40,6 +45,9 @@ class ShrunkPoolError(Exception):
     def __init__(self, broken: Mapping[str, str]) -> None:
         super().__init__(f"{len(broken)} shards are broken: {dict(broken)}")
         self.broken = dict(broken)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShrunkPoolError, (self.broken,)
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,25 @@ def score_by_shard(
     return scores
 
 
+def check_uids(pool: Pool, run: Run) -> None:
+    """Read every uid once, each rank its share, before anything is scored: nobody can be kept without.
+
+    Raises:
+        ShrunkPoolError: on every rank, if a shard holds something else.
+    """
+
+    def check(shard: Shard) -> Tensor:
+        for _ in pool.columns(shard, ["uid"]):  # refuses what is no uid
+            pass
+        return torch.ones(1)
+
+    parts = [
+        Part(digest_json(["uids", FORMAT, shard.identity])[:24], shard.rows, partial(check, shard))
+        for shard in pool.shards
+    ]
+    compute_parts([Room(parts)], run, description="uids")
+
+
 def compute_parts(rooms: Sequence[Room], run: Run, *, description: str) -> None:
     """Compute what no rank has yet, each rank its share, and bring rank 0 what it lacks.
 
@@ -131,12 +158,16 @@ def compute_parts(rooms: Sequence[Room], run: Run, *, description: str) -> None:
     everywhere = {name: reason for found in everyone(broken) for name, reason in found.items()}
     if everywhere:
         raise ShrunkPoolError(everywhere)
+    names = [part.name for part in parts]
     collect(
-        [part.name for part in parts],
+        names,
         _present(run, parts),
         read=lambda name: read_part(run, name),
         write=lambda name, scores: _write(run, name, scores),
     )
+    everyone(None)  # rank 0 has collected: nobody writes a part any more
+    if first_on_its_machine():
+        sweep(run, [], names)
 
 
 def _compute_room(room: Room, run: Run, advance: Callable[[int], object], broken: dict[str, str]) -> None:
@@ -190,6 +221,16 @@ def read_part(run: Run, name: str) -> Tensor:
 
 def _write(run: Run, name: str, scores: Tensor) -> None:
     write_tensors(_path(run, name), {"scores": scores.float()}, {"kind": "pool part", "format": FORMAT})
+
+
+def sweep(run: Run, scratch_names: Sequence[str], parts: Sequence[str]) -> None:
+    """Remove what killed runs left of these groups and parts in a folder that other runs may use as well."""
+    scratches, names = set(scratch_names), set(parts)
+    for path in list(run.work.iterdir()) if run.work.is_dir() else []:
+        if path.name.rpartition("-")[0] in scratches:
+            rmtree(path, ignore_errors=True)
+        elif path.name.endswith(".partial") and path.name[1:].partition(".")[0] in names:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

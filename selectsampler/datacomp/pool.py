@@ -20,6 +20,7 @@ from selectsampler.store import digest_json, replace_atomically
 __all__ = ["Member", "Pool", "Shard", "ShardError", "archs_of", "open_pool", "read_pool"]
 
 MEMBERS = ("b32_img", "b32_txt", "l14_img", "l14_txt")
+STRINGS = ("uid", "text")  # columns of the parquet
 BLOCK = 16_384  # rows that are read at once where a member is walked through
 _HEADERS = Lock()  # numpy parses a header by ast.literal_eval, which at times fails in threads (python/cpython#106905)
 
@@ -93,9 +94,10 @@ class Pool:
     def without(self, broken: Mapping[str, str]) -> "Pool":
         """The pool without some shards, which are listed instead."""
         shards = tuple(shard for shard in self.shards if shard.name not in broken)
+        broken = {**self.broken, **broken}
         if not shards:
-            raise ValueError(f"No shard of {self.folder} can be used: {dict(self.broken) | dict(broken)}")
-        return Pool(self.folder, shards, {**self.broken, **broken})
+            raise _none_left(self.folder, broken)
+        return Pool(self.folder, shards, broken)
 
     def columns(
         self, shard: Shard, names: Sequence[str], rows: np.ndarray | None = None
@@ -116,8 +118,9 @@ class Pool:
                     columns = {name: batch.column(name).to_numpy(zero_copy_only=False) for name in names}
                     yield {k: parse_uids(v, first=first) if k == "uid" else v for k, v in columns.items()}
                     first += size
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ShardError(shard.name, f"its parquet fails from row {first} on ({error}).") from error
+        except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())  # arrow's have lines
+            raise ShardError(shard.name, f"its parquet fails from row {first} on ({reason}).") from error
 
     def blocks(self, shard: Shard, member: str) -> Iterator[np.ndarray]:
         """(b, D): all rows of one member, block by block, streamed, with the checksum verified at the end."""
@@ -186,8 +189,7 @@ def open_pool(
         ShardError: naming the first shard that cannot be used, and why.
         ValueError: if the folder holds no shard.
     """
-    fs, root = file_system(str(folder))
-    names = sorted(Path(path).stem for path in fs.ls(root, detail=False) if path.endswith(".parquet"))
+    names = [Path(path).stem for path in _files(folder, ".parquet")]
     if not names:
         raise ValueError(f"{folder} holds no .parquet file. A pool is a flat folder of NAME.parquet and NAME.npz.")
     with ThreadPoolExecutor(threads) as executor:
@@ -198,7 +200,7 @@ def open_pool(
         raise ShardError(name, f"{reason} ({len(broken)} of {len(names)} shards; skip_broken goes on without them.)")
     shards = tuple(shard for shard in found if isinstance(shard, Shard))
     if not shards:
-        raise ValueError(f"No shard of {folder} can be used: {broken}")
+        raise _none_left(folder, broken)
     dims = {(m.name, m.dim) for shard in shards for m in shard.members.values()}
     if len(dims) > len(members):
         raise ValueError(f"The shards of {folder} differ in dimension: {sorted(dims)}. Were two pools mixed?")
@@ -211,9 +213,9 @@ def archs_of(folder: Path | str) -> list[str]:
     Raises:
         ValueError: if there are none, or the folder holds no npz that can be read.
     """
-    fs, root = file_system(str(folder))
+    fs, _ = file_system(str(folder))
     held: set[str] = set()
-    for path in sorted(path for path in fs.ls(root, detail=False) if path.endswith(".npz")):
+    for path in _files(folder, ".npz"):
         try:
             with fs.open(path, "rb") as file, zipfile.ZipFile(file) as archive:
                 held |= {name.removesuffix(".npy") for name in archive.namelist()}
@@ -268,6 +270,20 @@ def _whole(pool: Pool, shard: Shard, name: str) -> np.ndarray:
     return np.memmap(path, member.dtype, "r", offset=member.offset, shape=(member.rows, member.dim))
 
 
+def _files(folder: Path | str, suffix: str) -> list[str]:
+    """The files of a pool with this suffix, by name; hidden ones are none, as systems leave them beside others."""
+    fs, root = file_system(str(folder))
+    paths = fs.ls(root, detail=False)
+    if [path.rstrip("/") for path in paths] == [root]:  # what file systems list of a file
+        raise ValueError(f"{folder} is a file, but a pool is a flat folder of NAME.parquet and NAME.npz: give that.")
+    return sorted(path for path in paths if path.endswith(suffix) and not Path(path).name.startswith("."))
+
+
+def _none_left(folder: Path | str, broken: Mapping[str, str]) -> ValueError:
+    name = min(broken)
+    return ValueError(f"No shard of {folder} can be used ({len(broken)} are broken). The first, {name}: {broken[name]}")
+
+
 def _try_open(folder: str, name: str, members: Sequence[str], columns: Sequence[str]) -> Shard | ShardError:
     try:
         return _open_shard(folder, name, members, columns)
@@ -281,11 +297,16 @@ def _open_shard(folder: str, name: str, members: Sequence[str], columns: Sequenc
     fs, root = file_system(folder)
     with fs.open(f"{root}/{name}.parquet", "rb") as file:
         metadata = _parquet().ParquetFile(file)
-        rows, there = metadata.metadata.num_rows, set(metadata.schema_arrow.names)
+        rows, schema = metadata.metadata.num_rows, metadata.schema_arrow
         footer = str(metadata.metadata.to_dict())
-    lacking = [column for column in columns if column not in there]
-    if lacking:
-        raise ShardError(name, f"its parquet lacks the column {lacking[0]!r}; it has {', '.join(sorted(there))}.")
+    for column in columns:
+        if column not in schema.names:
+            there = ", ".join(sorted(schema.names))
+            raise ShardError(name, f"its parquet lacks the column {column!r}; it has {there}.")
+        if column in STRINGS and not _holds_strings(schema.field(column).type):
+            raise ShardError(
+                name, f"its column {column!r} is {schema.field(column).type}, but must be string: cast it."
+            )
     parquet = _digest_of_parquet(fs.info(f"{root}/{name}.parquet"), footer)
     if not members:
         return Shard(name, rows, parquet)
@@ -347,6 +368,14 @@ def _as_arrow(mask: np.ndarray) -> Any:
     import pyarrow
 
     return pyarrow.array(mask)
+
+
+def _holds_strings(kind: Any) -> bool:
+    """Whether a column is of strings that can be filtered, as those of a string_view cannot."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind)
 
 
 def _empty_batch(schema: Any) -> Any:

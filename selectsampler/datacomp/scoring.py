@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selectsampler.datacomp.parts import Part, Room, Run, compute_parts, read_part
+from selectsampler.datacomp.parts import Part, Room, Run, compute_parts, read_part, sweep
 from selectsampler.datacomp.pool import Pool, Shard, ShardError
-from selectsampler.datacomp.ranks import everyone, first_on_its_machine
+from selectsampler.datacomp.ranks import first_on_its_machine
 from selectsampler.distributed import process_rank
 from selectsampler.scores.s_clip_loss import batch_sizes, s_clip_loss_of_batch, shuffled
 from selectsampler.store import FORMAT, digest_json
 
-__all__ = ["first_without_direction", "group_shards", "score_s_clip_loss", "sweep"]
+__all__ = ["first_without_direction", "group_shards", "score_s_clip_loss"]
 
 PART_ROWS = 131_072  # at least a batch; what a kill costs a thread, at most
 
@@ -63,9 +63,8 @@ def score_s_clip_loss(
             groups.append(_Group(pool, run, (image, text), members, (seed, repeat, number), batch_size, temperature))
     rooms = [Room(group.parts(), group.prepare, group.close) for group in groups]
     compute_parts(rooms, run, description="s-CLIPLoss")
-    everyone(None)  # rank 0 has collected: nobody writes a part any more
     if first_on_its_machine():
-        sweep(run, [group.scratch_name for group in groups], [part.name for room in rooms for part in room.parts])
+        sweep(run, [group.scratch_name for group in groups], [])
     details = {
         "batch_sizes": sorted({size for group in groups for size in group.sizes}),
         "group_shards": sorted({len(group.shards) for group in groups}),
@@ -79,16 +78,6 @@ def score_s_clip_loss(
             total[offsets[number] : offsets[number + 1]] += scores[first:last]
     total /= np.float32(repeats)
     return total, details
-
-
-def sweep(run: Run, scratch_names: Sequence[str], parts: Sequence[str]) -> None:
-    """Remove what killed runs left of these groups and parts in a folder that other runs may use as well."""
-    scratches, names = set(scratch_names), set(parts)
-    for path in list(run.work.iterdir()) if run.work.is_dir() else []:
-        if path.name.rpartition("-")[0] in scratches:
-            rmtree(path, ignore_errors=True)
-        elif path.name.endswith(".partial") and path.name[1:].partition(".")[0] in names:
-            path.unlink(missing_ok=True)
 
 
 class _Group:

@@ -44,7 +44,7 @@ def parse_uids(strings: Sequence[str] | np.ndarray, *, first: int = 0) -> np.nda
         ValueError: naming the first string that is no uid.
     """
     for row, text in enumerate(strings):
-        if len(text) != 32 or not text.isascii():
+        if not isinstance(text, str) or len(text) != 32 or not text.isascii():
             raise ValueError(f"The uid in row {first + row} is {text!r}, but a uid has 32 hex digits.")
     digits = _NIBBLES[np.frombuffer("".join(strings).encode(), dtype=np.uint8)].reshape(-1, 32)
     if (digits == 255).any():
