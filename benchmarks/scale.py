@@ -152,7 +152,9 @@ class Watch:
 
     def _look(self) -> None:
         while True:
-            self.peak = max(self.peak, allocated())
+            now = allocated()
+            if now > self.peak:
+                self.peak = now
             time.sleep(0.002)
 
 
