@@ -96,7 +96,7 @@ def filter_pool(
             repetition: as much disk as the embeddings take. Ranks of one machine may share it.
         threads: parts computed side by side; by default as many as torch uses. Each takes about 128 MiB.
         device: `auto`, `cpu` or `cuda`.
-        progress: show a bar with an estimate on a terminal.
+        progress: show a bar with an estimate on a terminal, and elsewhere a line a minute.
 
     Returns:
         What is kept, on rank 0; None on other ranks.
