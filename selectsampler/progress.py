@@ -54,20 +54,20 @@ class ProgressLines:
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.description, self.total, self.unit = description, total, unit
-        self.initial = self.done = initial
+        self.initial = self.n = initial
         self._stream, self._clock, self._lock = stream, clock, Lock()
         self._start = self._last = clock()
 
     def update(self, n: int = 1) -> None:
         """So much more is done; from any thread."""
         with self._lock:
-            self.done += n
+            self.n += n
             now = self._clock()
             if now - self._last < EVERY:
                 return
             self._last = now
             line = tqdm.format_meter(
-                self.done,
+                self.n,
                 self.total,
                 now - self._start,
                 prefix=self.description,
