@@ -213,6 +213,34 @@ def test_a_loader_passes_what_stands_in_the_file(tmp_path):
     assert allowed.count(FEW[3]) == 2
 
 
+@settings(deadline=None, max_examples=60)
+@given(held=several, asked=several)
+def test_contains_and_the_loaders_filter_count_as_the_resharder_does(tmp_path_factory, held, asked):
+    path = tmp_path_factory.mktemp("uids") / "a.npy"
+    uids, allowed = write_uids(path, parse_uids(held)), UidFilter(path)
+    expected = [count_as_the_resharder_does(path, uid) for uid in asked]
+    assert contains(uids, parse_uids(asked)).tolist() == expected
+    assert [allowed.count(uid) for uid in asked] == expected
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {"__key__": "000012", "jpg": b""},
+        {"jpg": b""},
+        {"__key__": "000012", "json": b'{"url": "x"}'},
+        {"__key__": "000012", "json": b"cut"},
+        {"__key__": "000012", "json": [FEW[1]]},
+        {"__key__": "000012", "json": {"uid": None}},
+        FEW[1][1:],
+    ],
+)
+def test_a_sample_without_a_uid_is_told_where_it_belongs(tmp_path, sample):
+    write_uids(tmp_path / "a.npy", parse_uids(FEW))
+    with pytest.raises(ValueError, match=r"has no uid of 32 hex digits .* in its json as 'uid'.* or be its __key__"):
+        UidFilter(tmp_path / "a.npy")(sample)
+
+
 def test_a_filter_is_sent_to_workers_as_a_path_and_not_as_a_copy(tmp_path):
     write_uids(tmp_path / "a.npy", parse_uids([f"{number:032x}" for number in range(5000)]))
     sent = pickle.dumps(UidFilter(tmp_path / "a.npy"))
