@@ -419,7 +419,7 @@ def _as_json(balance: str | Quotas | None) -> Any:
 
 
 def _weights(loss_weights: Tensor, samples: int) -> Tensor:
-    weights = torch.as_tensor(loss_weights).detach().cpu().float()
+    weights = torch.as_tensor(loss_weights).detach().cpu().float().clone()  # the caller's may change
     check_vector(weights, name="loss_weights", samples=samples)
     if (weights < 0).any():
         raise ValueError(f"loss_weights[{int((weights < 0).nonzero()[0])}] is negative.")

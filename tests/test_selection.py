@@ -241,6 +241,15 @@ def test_quotas_that_do_not_fit_are_named(balance, message):
 # --- Selection
 
 
+def test_a_selection_stays_as_it_is_when_what_it_was_given_changes():
+    indices, weights = torch.tensor([1, 4, 6]), torch.tensor([1.0, 2.0, 3.0])
+    selection = Selection(indices, 10, loss_weights=weights)
+    indices += 1
+    weights += 1
+    assert selection.indices.tolist() == [1, 4, 6]
+    assert selection.loss_weights.tolist() == [1, 2, 3]
+
+
 def test_indices_in_any_order_come_out_ascending_with_their_weights_and_keys():
     selection = Selection([5, 2, 9], population=10, loss_weights=torch.tensor([0.5, 0.2, 0.9]), keys=["e", "b", "i"])
     assert selection.indices.tolist() == [2, 5, 9]
