@@ -231,7 +231,7 @@ def test_what_was_done_stands_in_the_provenance_as_json_with_a_falling_loss_curv
     adapted = adapt(embeddings, folds=3, steps=60, learning_rate=0.02, shrinkage=0.0, robustness=0.25, seed=9)
     provenance = adapted.provenance
     assert json.loads(json.dumps(provenance)) == provenance
-    expected = {"method": "cross_fit", "folds": 3, "steps": 60, "batch_size": 512, "robustness": 0.25, "seed": 9}
+    expected = {"method": "cross_fit", "folds": 3, "steps": 60, "batch_size": 256, "robustness": 0.25, "seed": 9}
     assert expected.items() <= provenance.items()
     assert len(provenance["loss_curves"]) == len(provenance["temperatures"]) == 3
     for curve in provenance["loss_curves"]:
@@ -280,6 +280,23 @@ def test_shrinkage_keeps_the_adapters_near_the_identity(method):
         for s in (0.0, 100.0, 10_000.0)
     ]
     assert distances[0] > 1.5 * distances[1] > 3 * distances[2]
+
+
+def test_shrinkage_is_the_gradient_of_the_squared_distance_from_the_identity():
+    adapters = torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    strength = torch.tensor([0.5, 1.0, 3.0])
+    distances = (adapters - torch.eye(5)).square().sum((1, 2))
+    (expected,) = torch.autograd.grad((strength * distances).sum() + adapters.sum(), adapters)
+    adapters.grad = torch.ones_like(adapters)
+    adaptation._add_shrinkage(adapters, 2 * strength)
+    assert_close(adapters.grad, expected)
+
+
+@pytest.mark.parametrize("method", ["cross_fit", "info_nce"])
+def test_what_is_not_given_is_the_methods_own(method):
+    schedule = adapt(random_embeddings(samples=40, classes=2), method=method, steps=2, shrinkage=0.0).provenance
+    assert (schedule["steps"], schedule["shrinkage"]) == (2, 0.0)
+    assert schedule["batch_size"] == adaptation.DEFAULTS[method]["batch_size"]
 
 
 @pytest.mark.parametrize(
