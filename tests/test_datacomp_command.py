@@ -36,6 +36,19 @@ def test_filter_writes_a_uid_file_that_verify_accepts(pool, capsys):
     assert json.loads(capsys.readouterr().out)["uids"] == 202
 
 
+def test_dropped_duplicates_are_counted_as_dropped(tmp_path, capsys):
+    columns = write_pool(tmp_path / "pool", [60])
+    columns["uid"][:10] = columns["uid"][10:20]
+    write_shard(tmp_path / "pool", "s0", columns)
+    command = ["datacomp", "filter", str(tmp_path / "pool"), "--score", "clip-score", "--keep", "1"]
+    assert main([*command, "--out", str(tmp_path / "out.npy"), "--duplicates", "drop"]) == 0
+    assert "50 of 60 samples (clip-score 60; 10 repeated uids dropped)" in capsys.readouterr().err
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert (record["duplicates"], record["written"]) == ("drop", len(read_uids(tmp_path / "out.npy")))
+    assert main([*command, "--out", str(tmp_path / "other.npy"), "--duplicates", "refuse"]) == 1
+    assert "stands 2 times" in capsys.readouterr().err
+
+
 def test_verify_compares_similarities_with_embeddings(pool, capsys):
     assert main(["datacomp", "verify", str(pool)]) == 0
     report = json.loads(capsys.readouterr().out)

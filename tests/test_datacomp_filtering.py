@@ -416,6 +416,17 @@ def test_the_baselines_of_datacomp_keep_what_they_say(tmp_path):
         assert format_uids(kept.uids) == columns["uid"][expected[name]].tolist()
 
 
+def test_a_caption_that_is_null_counts_as_an_empty_one(tmp_path):
+    columns = write_pool(tmp_path / "pool", [40])
+    columns["original_width"][:] = columns["original_height"][:] = 300
+    texts = np.array(["a photo of things", None] * 20, dtype=object)
+    write_shard(tmp_path / "pool", "s0", columns | {"text": texts})
+    (tmp_path / "words.txt").write_text("photo\n")
+    for stage in (Stage("basic"), Stage("text-based", target=str(tmp_path / "words.txt"))):
+        kept = filter_pool(tmp_path / "pool", [stage], **SMALL, work=tmp_path / "work")
+        assert format_uids(kept.uids) == columns["uid"][::2].tolist()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -450,6 +461,8 @@ def test_stages_that_make_no_sense_are_refused(arguments, message):
         (CLIP, {"arch": "g14"}, "arch is 'g14'"),
         (CLIP, {"group_size": 1}, "single shard"),
         (CLIP, {"batch_size": 0}, "batch_size is 0"),
+        (CLIP, {"seed": -1}, "seed is -1, but it must be at least 0"),
+        (CLIP[0], {}, r"a single Stage, but must be a list: give \[Stage\('s-clip-loss'"),
         (CLIP, {"temperature": 100}, "logit scale"),
         ([*CLIP, Stage("clip-score", keep=0.5)], {}, "the stages before left 30"),
         ([*CLIP, Stage("norm-sim", keep=0.2, target="nowhere.npy")], {}, "no target nowhere.npy"),

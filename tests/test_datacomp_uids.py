@@ -105,7 +105,7 @@ def test_a_merge_says_of_which_contents_it_is(tmp_path):
     merge_uid_files([tmp_path / "a.npy"], tmp_path / "b.npy", "sum", keys=True)
     digest = hashlib.sha256((tmp_path / "a.npy").read_bytes()).hexdigest()
     record = json.loads((tmp_path / "b.json").read_text())
-    assert record == {"merge": "sum", "sha256": {str(tmp_path / "a.npy"): digest}}
+    assert record == {"merge": "sum", "sha256": {str(tmp_path / "a.npy"): digest}, "written": len(FEW)}
     assert (tmp_path / "b.keys.txt").read_text().split() == FEW
 
 
@@ -161,9 +161,21 @@ def test_duplicates_are_treated_as_asked(tmp_path):
 
 def test_provenance_and_keys_lie_beside_the_file(tmp_path):
     write_uids(tmp_path / "a.npy", parse_uids([FEW[2], FEW[1], FEW[2]]), provenance={"seed": 1}, keys=True)
-    assert json.loads((tmp_path / "a.json").read_text()) == {"seed": 1}
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record == {"seed": 1, "duplicates": "keep", "written": 3}
     assert (tmp_path / "a.keys.txt").read_text().split() == [FEW[1], FEW[2]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.keys.txt", "a.npy"]
+
+
+def test_nothing_of_another_uid_file_stays_beside_the_one_that_is_written(tmp_path):
+    beside = [tmp_path / "a.json", tmp_path / "a.keys.txt"]
+    for provenance, keys in (({}, False), (None, True), (None, False)):
+        write_uids(tmp_path / "a.npy", parse_uids(FEW), provenance={"seed": 1}, keys=True)
+        with pytest.raises(ValueError, match="stands 2 times"):  # nothing is written, nothing is removed
+            write_uids(tmp_path / "a.npy", parse_uids(FEW * 2), duplicates="refuse")
+        assert all(path.exists() for path in beside)
+        write_uids(tmp_path / "a.npy", parse_uids(FEW[:1]), provenance=provenance, keys=keys)
+        assert [path.exists() for path in beside] == [provenance is not None, keys]
 
 
 def test_an_unsorted_file_is_refused_unless_it_may_be_sorted(tmp_path):
@@ -188,6 +200,10 @@ def test_wrong_requests_are_named(tmp_path):
         merge_uids([tmp_path / "a.npy"], how="xor")
     with pytest.raises(ValueError, match="no uid files"):
         merge_uids([])
+    with pytest.raises(ValueError, match=r"paths is 'a.npy', but must be a list"):
+        merge_uids("a.npy")
+    with pytest.raises(ValueError, match=r"uids are a list, but must be an array .* see parse_uids"):
+        write_uids(tmp_path / "a.npy", FEW)
     with pytest.raises(ValueError, match=r"written as .npy"):
         write_uids(tmp_path / "a.bin", parse_uids(FEW))
     with pytest.raises(ValueError, match="see parse_uids"):

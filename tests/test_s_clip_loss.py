@@ -138,6 +138,7 @@ def test_a_generic_caption_ranks_lower_than_its_cosine_says():
         ({"temperature": 0.0001}, "at least 0.001"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"repeats": 0}, "repeats is 0"),
+        ({"seed": -1}, "seed is -1"),
         ({"text_features": torch.ones(5, 4)}, "5 rows"),
         ({"text_features": torch.ones(6, 5)}, "dimension 5"),
         ({"image_features": torch.ones(6, 4).index_fill(0, torch.tensor(3), 0)}, r"image_features\[3\] is zero"),
@@ -148,6 +149,10 @@ def test_what_does_not_fit_is_named(change, message):
     arguments = {"image_features": torch.ones(6, 4), "text_features": torch.ones(6, 4), "temperature": 0.01}
     with pytest.raises(ValueError, match=message):
         s_clip_loss(**(arguments | change))
+
+
+def test_no_pairs_have_no_scores():
+    assert s_clip_loss(torch.ones(0, 4), torch.ones(0, 4), temperature=0.01).shape == (0,)
 
 
 def test_the_temperature_comes_from_the_model():

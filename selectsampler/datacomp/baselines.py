@@ -13,7 +13,11 @@ __all__ = ["basic_filter", "image_based_filter", "nearest_centroids", "text_base
 
 
 def basic_filter(
-    texts: Sequence[str], widths: np.ndarray, heights: np.ndarray, *, is_english: Callable[[str], bool] | None = None
+    texts: Sequence[str | None],
+    widths: np.ndarray,
+    heights: np.ndarray,
+    *,
+    is_english: Callable[[str], bool] | None = None,
 ) -> np.ndarray:
     """(n,), bool: DataComp's basic filter: 3 words, 6 characters, 200 pixels, and sides of at most 3 to 1.
 
@@ -23,14 +27,15 @@ def basic_filter(
     The original also keeps English captions only, by a fastText model that has to be downloaded; `is_english`
     stands in for it.
     """
-    words = np.array([len(text.split()) for text in texts]) > 2
-    characters = np.array([len(text) for text in texts]) > 5
+    captions = _captions(texts)
+    words = np.array([len(caption.split()) for caption in captions]) > 2
+    characters = np.array([len(caption) for caption in captions]) > 5
     shorter, longer = np.minimum(widths, heights), np.maximum(widths, heights)
-    return words & characters & (shorter >= 200) & (longer <= 3.0 * shorter) & _english(texts, is_english)
+    return words & characters & (shorter >= 200) & (longer <= 3.0 * shorter) & _english(captions, is_english)
 
 
 def text_based_filter(
-    texts: Sequence[str], words: Collection[str], *, is_english: Callable[[str], bool] | None = None
+    texts: Sequence[str | None], words: Collection[str], *, is_english: Callable[[str], bool] | None = None
 ) -> np.ndarray:
     """(n,), bool: captions that hold one of `words`, whatever its case.
 
@@ -40,8 +45,9 @@ def text_based_filter(
     The original takes the synsets of ImageNet-21k from WordNet, by a download; here the words are yours.
     """
     wanted = {word.casefold() for word in words}
-    held = np.array([not wanted.isdisjoint(text.casefold().split()) for text in texts], dtype=bool)
-    return held & _english(texts, is_english)
+    captions = _captions(texts)
+    held = np.array([not wanted.isdisjoint(caption.casefold().split()) for caption in captions], dtype=bool)
+    return held & _english(captions, is_english)
 
 
 def image_based_filter(image_features: Tensor, centroids: Tensor, wanted: Tensor) -> Tensor:
@@ -69,6 +75,11 @@ def nearest_centroids(image_features: Tensor, centroids: Tensor) -> Tensor:
                 best = torch.maximum(best, similarity)
             assigned.append(which)
     return torch.cat(assigned) if assigned else torch.zeros(0, dtype=torch.int64)
+
+
+def _captions(texts: Sequence[str | None]) -> list[str]:
+    """A caption that is null says as much as an empty one."""
+    return ["" if text is None else text for text in texts]
 
 
 def _english(texts: Sequence[str], is_english: Callable[[str], bool] | None) -> np.ndarray:

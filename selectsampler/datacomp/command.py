@@ -63,7 +63,12 @@ def _add_filter(tasks: Any) -> None:
     task.add_argument(
         "--group-size", type=int, default=8, help="shards whose rows share batches, at least (%(default)s)"
     )
-    task.add_argument("--duplicates", choices=("keep", "drop", "refuse"), default="keep", help="(%(default)s)")
+    task.add_argument(
+        "--duplicates",
+        choices=("keep", "drop", "refuse"),
+        default="keep",
+        help="what becomes of repeated uids; refuse: stop at the end, where they are found (%(default)s)",
+    )
     task.add_argument("--no-keys", action="store_true", help="write no allow-list .keys.txt")
     task.add_argument("--skip-broken", action="store_true", help="go on without broken shards, and list them")
     task.add_argument("--work", metavar="FOLDER", help="keep finished parts here (a folder beside --out)")
@@ -129,8 +134,8 @@ def _filter(arguments: argparse.Namespace) -> None:
         "skip_broken",
     ]
     options += ["work", "scratch", "threads", "device"]
-    if process_count() > 1:
-        signal.signal(signal.SIGTERM, _stop)
+    with suppress(ValueError):  # only the main thread may, and only a program's own is told to stop
+        signal.signal(signal.SIGTERM, _stop if process_count() > 1 else signal.default_int_handler)
     try:
         filtered = filter_pool(
             arguments.pool,
@@ -142,11 +147,11 @@ def _filter(arguments: argparse.Namespace) -> None:
     except ConnectionError as error:
         sys.exit(f"selectsampler datacomp: {error}")
     if filtered is not None:
-        kept = filtered.provenance["stages"]
-        steps = ", ".join(f"{stage['score']} {stage['kept']}" for stage in kept)
-        print(
-            f"{len(filtered.uids)} of {filtered.provenance['rows']} samples ({steps}): {arguments.out}", file=sys.stderr
-        )
+        written = filtered.provenance["written"]
+        steps = ", ".join(f"{stage['score']} {stage['kept']}" for stage in filtered.provenance["stages"])
+        if written < len(filtered.uids):
+            steps += f"; {len(filtered.uids) - written} repeated uids dropped"
+        print(f"{written} of {filtered.provenance['rows']} samples ({steps}): {arguments.out}", file=sys.stderr)
         for name, reason in filtered.provenance["broken"].items():
             print(f"left out: shard {name}: {reason}", file=sys.stderr)
 

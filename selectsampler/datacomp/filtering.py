@@ -37,7 +37,10 @@ OPENAI_TEMPERATURE = (
 
 @dataclass(frozen=True)
 class Filtered:
-    """What a pool was filtered down to: uids in the order of the pool, duplicates as it has them; and how."""
+    """What a pool was filtered down to: uids in the order of the pool, duplicates as it has them; and how.
+
+    Where a uid file was written, the provenance has how many uids that holds as `written`.
+    """
 
     uids: np.ndarray
     provenance: Mapping[str, Any]
@@ -87,7 +90,7 @@ def filter_pool(
             depend on the number of ranks, and changes scores slightly. Their files should fit in the page cache.
         within: a uid file, local or any fsspec URL; only these can be kept, as if it were the first stage.
             Fractions stay fractions of the pool.
-        duplicates: of uids, as `write_uids` takes it.
+        duplicates: of uids, as `write_uids` takes it: what `refuse` refuses is found when the uid file is written.
         keys: write the allow-list `.keys.txt`.
         skip_broken: go on without shards that cannot be read, and list them in the provenance.
         work: where parts are kept; by default a folder beside the output. Removed at the end unless given.
@@ -125,9 +128,12 @@ def filter_pool(
         filtered = _Filtering(run, arch, s_clip_loss, within).of_whole_shards(pool, stages, skip_broken=skip_broken)
 
         def write() -> None:
+            nonlocal filtered
             if filtered is not None and output is not None:
                 path, provenance = Path(output), filtered.provenance
-                write_uids(path, filtered.uids, duplicates=duplicates, provenance=provenance, keys=keys)
+                file = write_uids(path, filtered.uids, duplicates=duplicates, provenance=provenance, keys=keys)
+                record = {**provenance, "duplicates": duplicates, "written": len(file)}
+                filtered = Filtered(filtered.uids, record)
 
         from_first(write)  # no rank goes on before the uid file stands: until then its parts are what a crash leaves
         if work is None and first_on_its_machine():
@@ -308,10 +314,11 @@ def _check_numbers(s_clip_loss: Mapping[str, Any], *, threads: int) -> None:
         raise ValueError(
             f"group_size is {s_clip_loss['group_size']}, but batches must not come from a single shard: give 2 or more."
         )
-    least = {name: s_clip_loss[name] for name in ("batch_size", "repeats")} | {"threads": threads}
-    for name, value in least.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but it must be at least 1.")
+    least = {"batch_size": 1, "repeats": 1, "seed": 0, "threads": 1}
+    for name, lowest in least.items():
+        value = threads if name == "threads" else s_clip_loss[name]
+        if value < lowest:
+            raise ValueError(f"{name} is {value}, but it must be at least {lowest}.")
     check_temperature(s_clip_loss["temperature"])
 
 
@@ -320,6 +327,8 @@ def _check_choices(
 ) -> None:
     if arch not in ("l14", "b32"):
         raise ValueError(f"arch is {arch!r}, but DataComp's pools hold 'l14' and 'b32'.")
+    if isinstance(stages, Stage):
+        raise ValueError(f"stages is a single Stage, but must be a list: give [Stage({stages.score!r}, ...)].")
     if not stages:
         raise ValueError("There are no stages: name at least one score.")
     if duplicates not in DUPLICATES:

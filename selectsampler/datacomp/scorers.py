@@ -123,7 +123,7 @@ def _of_columns(pool: Pool, names: Sequence[str], values: Callable[[Mapping[str,
     def compute(shard: Shard, mask: np.ndarray) -> np.ndarray:
         try:
             scores = np.concatenate([values(block) for block in pool.columns(shard, names)]).astype(np.float32)
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise error if isinstance(error, ShardError) else ShardError(shard.name, f"{error}") from None
         if not np.isfinite(scores).all():
             row = int((~np.isfinite(scores)).argmax())

@@ -19,7 +19,7 @@ from selectsampler.store import FORMAT, digest_json
 
 __all__ = ["first_without_direction", "group_shards", "score_s_clip_loss"]
 
-PART_ROWS = 131_072  # at least a batch; what a kill costs a thread, at most
+PART_ROWS = 32_768  # at least a batch; what a kill costs a thread, at most
 
 
 def group_shards(shards: int, size: int, *, seed: tuple[int, ...]) -> list[list[int]]:

@@ -39,10 +39,11 @@ def write_uids(
     to the file.
 
     Args:
-        path: ends in `.npy`.
+        path: ends in `.npy`. A `.json` and a `.keys.txt` beside it that this call does not write are removed: they are
+            of what stood there before.
         uids: (n,), `UID`, in any order; they are sorted.
-        duplicates: `keep`, a uid that stands twice is trained on twice; `drop`; or `refuse`.
-        provenance: written beside it as `.json`: how these were chosen.
+        duplicates: `keep`, a uid that stands twice is trained on twice; `drop`; or `refuse`, found while writing.
+        provenance: written beside it as `.json`, how these were chosen, with `duplicates` and how many were `written`.
         keys: write `.keys.txt` beside it as well, every uid once in hex: an allow-list for loaders.
 
     Raises:
@@ -50,15 +51,15 @@ def write_uids(
     """
     path = Path(path)
     check_output(path)
-    if uids.dtype != UID or uids.ndim != 1:
-        raise ValueError(
-            f"uids are {uids.dtype} of shape {uids.shape}, but must be {UID} of shape (n,): see parse_uids."
-        )
+    if not isinstance(uids, np.ndarray) or uids.dtype != UID or uids.ndim != 1:
+        given = f"{uids.dtype} of shape {uids.shape}" if isinstance(uids, np.ndarray) else f"a {type(uids).__name__}"
+        raise ValueError(f"uids are {given}, but must be an array of {UID} of shape (n,): see parse_uids.")
     if duplicates not in DUPLICATES:
         raise ValueError(f"duplicates is {duplicates!r}, but it must be one of {', '.join(DUPLICATES)}.")
     with _runs_folder(path) as folder:
         blocks = _checked(_merged([_runs(uids, folder)], "sum"), duplicates)
-        _write(path, blocks, provenance, keys=keys)
+        described = None if provenance is None else {**provenance, "duplicates": duplicates}
+        _write(path, blocks, described, keys=keys)
     return np.load(path, mmap_mode="r") if len(uids) else np.load(path)
 
 
@@ -127,6 +128,8 @@ def check_output(path: Path | str) -> None:
 def _check_merge(paths: Sequence[Path | str], how: str) -> None:
     if how not in _MERGES:
         raise ValueError(f"how is {how!r}, but it must be one of {', '.join(_MERGES)}.")
+    if isinstance(paths, str | Path):
+        raise ValueError(f"paths is {str(paths)!r}, but must be a list of uid files: give [{str(paths)!r}, ...].")
     if not paths:
         raise ValueError("There are no uid files to merge.")
 
@@ -232,7 +235,7 @@ def _checked(blocks: Iterable[Counted], duplicates: str) -> Iterator[Counted]:
 
 
 def _write(path: Path, blocks: Iterable[Counted], provenance: Mapping[str, Any] | None, *, keys: bool) -> int:
-    """The uid file last, so that what lies beside it is there once it is."""
+    """The uid file last, so that what lies beside it is there once it is, and nothing of another."""
     total = 0
     with replace_atomically(path) as file:
         _write_header(file, 0)
@@ -245,7 +248,11 @@ def _write(path: Path, blocks: Iterable[Counted], provenance: Mapping[str, Any] 
         _write_header(file, total)
         if provenance is not None:
             with replace_atomically(path.with_suffix(".json")) as beside:
-                beside.write((json.dumps(dict(provenance), indent=1, sort_keys=True) + "\n").encode())
+                described = {**provenance, "written": total}
+                beside.write((json.dumps(described, indent=1, sort_keys=True) + "\n").encode())
+        for suffix, written in ((".json", provenance is not None), (".keys.txt", keys)):
+            if not written:
+                path.with_suffix(suffix).unlink(missing_ok=True)
     return total
 
 

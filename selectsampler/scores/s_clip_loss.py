@@ -59,7 +59,7 @@ def s_clip_loss(
         temperature: the model's own, at least 0.001: 0.01 for OpenAI's CLIP, 0.07 for DFN's; `temperature_of(model)`.
         batch_size: B, the most samples that a batch holds; `batch_sizes(N, B)` says how many it does.
         repeats: K, over how many deals scores are averaged.
-        seed: of the deals; repetition k draws from (seed, k).
+        seed: of the deals, from 0 on; repetition k draws from (seed, k).
 
     Returns:
         (N,), float32, on the device of the input. Extra memory is at most 64 MiB on the CPU, whatever B is, and 256
@@ -72,9 +72,11 @@ def s_clip_loss(
     check_features(text_features, name="text_features", rows=len(image_features), dim=image_features.shape[1])
     check_temperature(temperature)
     samples = len(image_features)
-    for name, value in (("batch_size", batch_size), ("repeats", repeats)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but it must be at least 1.")
+    for name, value, lowest in (("batch_size", batch_size, 1), ("repeats", repeats, 1), ("seed", seed, 0)):
+        if value < lowest:
+            raise ValueError(f"{name} is {value}, but it must be at least {lowest}.")
+    if not samples:
+        return torch.zeros(0, device=image_features.device)
     if samples <= batch_size:
         return s_clip_loss_of_batch(image_features, text_features, temperature=temperature)
     total = torch.zeros(samples, device=image_features.device)
