@@ -117,6 +117,39 @@ def test_a_broken_shard_stops_with_one_sentence_or_is_listed(pool, capsys):
     assert "left out: shard s2" in capsys.readouterr().err
 
 
+STOPPED = """
+import os, signal, sys
+from selectsampler.cli import main
+from selectsampler.datacomp import scoring
+
+scoring.PART_ROWS = 1  # a part a batch
+whole, batches = scoring.s_clip_loss_of_batch, []
+
+def told_to_stop(*arguments, **keywords):
+    batches.append(1)
+    if len(batches) == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return whole(*arguments, **keywords)
+
+scoring.s_clip_loss_of_batch = told_to_stop
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_process_that_is_told_to_stop_ends_as_by_ctrl_c_and_the_same_command_goes_on(tmp_path):
+    columns = write_pool(tmp_path / "pool", [300, 200, 250, 260], deflated=True)
+    np.save(tmp_path / "target.npy", columns["l14_img"][:20])
+    command = arguments(tmp_path / "pool", "out.npy", "--threads", "1")
+    done = subprocess.run([sys.executable, "-c", STOPPED, *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "selectsampler datacomp: interrupted\n")
+    work = tmp_path / "out.npy.work"
+    left = {path: path.stat().st_mtime_ns for path in work.iterdir()}
+    assert len(left) >= 4 + 3  # the uids of four shards, and batches
+    assert {path.suffix for path in left} == {".safetensors"}  # nothing decompressed, nothing partial
+    assert main([*command, "--work", str(work)]) == 0
+    assert left.items() <= {path: path.stat().st_mtime_ns for path in work.iterdir()}.items()
+
+
 def torchrun(program: list[str], ranks: int = 2) -> subprocess.CompletedProcess:
     start = [
         sys.executable,

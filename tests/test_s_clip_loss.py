@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -216,3 +217,26 @@ def test_the_gpu_equals_the_cpu(samples):
     image, text = (normalize(features, dim=1).half() for features in random_pairs(samples, 64, noise=3.0))
     on_cpu = s_clip_loss(image, text, temperature=0.01)
     assert_close(s_clip_loss(image.cuda(), text.cuda(), temperature=0.01).cpu(), on_cpu, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_takes_tiles_where_its_kernel_overflows(monkeypatch):
+    module = import_module("selectsampler.scores.s_clip_loss")  # whose name the function has taken
+    in_tiles, taken = module._batch_in_tiles, []
+    monkeypatch.setattr(module, "_batch_in_tiles", lambda *given: (taken.append(1), in_tiles(*given))[1])
+    image, text = (normalize(features, dim=1).half() for features in random_pairs(3000, 64, noise=0.3))
+    on_gpu = s_clip_loss(image.cuda(), text.cuda(), temperature=0.001)  # logits of 900: beyond float32's exponential
+    assert len(taken) == 1
+    assert_close(on_gpu.cpu(), s_clip_loss(image, text, temperature=0.001), atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("temperature", [0.01, 0.001])
+def test_extra_memory_on_the_gpu_stays_below_256_mib(temperature):
+    features = torch.randn(2, 131_072, 768, device="cuda", dtype=torch.float16)
+    features[1] += features[0]  # cosines of 0.7: at the lower temperature the kernel overflows
+    s_clip_loss(features[0, :2100], features[1, :2100], temperature=temperature)  # libraries load
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    s_clip_loss(*features, temperature=temperature, batch_size=65_536, repeats=1)
+    assert torch.cuda.max_memory_allocated() - before < 256 * 2**20
