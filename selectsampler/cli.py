@@ -124,8 +124,13 @@ def _add_select(verbs: Any) -> None:
         help="share of each class: by its sum of trust, as labelled, or any (%(default)s: trusted, if trust is known)",
     )
     verb.add_argument("--quota", action="append", metavar="CLASS=NUMBER", help="of every class instead, by its name")
-    verb.add_argument("--method", choices=("exact", "group", "straight_through"), default="exact", help="(%(default)s)")
-    verb.add_argument("--embeddings", type=Path, metavar="FILE", help="what method group is to cover")
+    verb.add_argument(
+        "--method",
+        choices=("auto", "group", "exact", "straight_through"),
+        default="auto",
+        help="(%(default)s: group, which covers each class, if trust is known)",
+    )
+    verb.add_argument("--embeddings", type=Path, metavar="FILE", help="what was scored: what method group is to cover")
     verb.set_defaults(run=_select)
 
 

@@ -20,8 +20,8 @@ paper: Preset = {
 default: Preset = {
     "adapt": {"method": "none"},
     "score": {"columns": ("semantic_alignment", "trust", "trusted_diversity", "intactness")},
-    "select": {"balance": "auto", "method": "exact"},
+    "select": {"balance": "auto", "method": "auto"},
 }
-"""Ours: the labels that are likeliest right on images that are likeliest intact, of these what adds to its class, and
-quotas by what a class can be trusted for; weights are `select`'s own. Trust has cross-fitted heads, so that no adapters
-are trained."""
+"""Ours: the labels that are likeliest right on images that are likeliest intact, and that together cover their classes,
+under quotas by what a class can be trusted for; weights are `select`'s own. Trust has cross-fitted heads, so that no
+adapters are trained."""

@@ -150,9 +150,7 @@ class SelectSampler(DistributedSampler[int]):
         def make() -> Selection:
             adapted = adapt(embeddings, seed=seed, progress=progress, **steps.get("adapt", {}))
             scores = score(adapted, seed=seed, progress=progress, **steps.get("score", {}))
-            chosen = steps.get("select", {})
-            features = embeddings.image if chosen.get("method") == "group" else None
-            return select(scores, keep, count=count, image_features=features, seed=seed, progress=progress, **chosen)
+            return select(scores, keep, count=count, seed=seed, progress=progress, **steps.get("select", {}))
 
         return cls(from_rank_zero(make, what="the selection"), seed=seed, **options)
 

@@ -22,7 +22,9 @@ from selectsampler.validation import as_indices, check_features, check_vector, i
 __all__ = ["DEFAULT_WEIGHTS", "PAPER_WEIGHTS", "Selection", "select"]
 
 PAPER_WEIGHTS = {"semantic_alignment": 1.0, "sample_diversity": 0.1}
-DEFAULT_WEIGHTS = {"trust": 1.0, "intactness": 1.0, "trusted_diversity": 0.02}  # of these, those that were scored
+DEFAULT_WEIGHTS = {"trust": 1.0, "intactness": 1.0}  # of these, those that were scored
+DIVERSITY_WEIGHT = 0.02  # of trusted_diversity, where coverage is not looked at
+MOST_PAIRS = 10**10  # of samples of one class, whose coverage takes minutes
 SURE = 0.9  # at least this probable is the label of a sample that counts as surely right
 
 
@@ -201,9 +203,9 @@ def select(
     balance: str | Quotas | None = "auto",
     groups: Tensor | None = None,
     shares: Shares | None = None,
-    method: str = "exact",
+    method: str = "auto",
     image_features: Tensor | None = None,
-    coverage_weight: float = 1.0,
+    coverage_weight: float = 0.05,
     seed: int = 0,
     progress: bool = True,
 ) -> Selection:
@@ -214,26 +216,28 @@ def select(
     tensor([1, 3])
 
     The objective is the sum of the samples' utilities: for `Scores` their weighted sum (`Scores.utility`), for a tensor
-    its own entries. With `DEFAULT_WEIGHTS` it is the expected number of right labels and of intact images, and what a
-    sample adds to its class decides where these are about equally safe; with `PAPER_WEIGHTS` it is the selection
-    optimization of arXiv 2410.11215. `method="group"` adds how well the subset covers the trusted samples of each
-    class.
+    its own entries. With `DEFAULT_WEIGHTS` it is the expected number of right labels and of intact images, to which
+    `method="group"` adds how well the subset covers the trusted samples of each class: it decides where samples are
+    about equally safe. With `PAPER_WEIGHTS` it is the selection optimization of arXiv 2410.11215.
 
     Args:
         scores: `Scores`, or one float tensor (N,) of your own, finite, higher is better.
         keep: a fraction in (0, 1] of all N samples, taken as the exact decimal it is written as: 0.29 of 100 is 29.
         count: a number of samples instead. Neither is needed where `balance` gives every quota.
-        score_weights: name of a score -> its weight; `DEFAULT_WEIGHTS` where the scores hold trust, else
-            `PAPER_WEIGHTS`.
+        score_weights: name of a score -> its weight; `DEFAULT_WEIGHTS` where the scores hold trust (and 0.02 of
+            trusted diversity where coverage is not looked at), else `PAPER_WEIGHTS`.
         balance: `trusted`: every class gets its share of the budget by its sum of trust, and none is asked for more
             than it has trusted samples; `given`: its share as labelled, by largest remainder; {class name or number:
             quota}, summing to the budget; None: no quotas. `auto` is `trusted` where the scores hold trust, else None.
         groups: (N,), int64, from 0: any other groups (class x attribute, say), with `shares`, instead of `balance`.
         shares: {group: (lowest, highest)}: which share of the selection a group is to have, in [0, 1]; others are free.
             What each range costs in objective stands in the provenance as `prices`.
-        method: `exact`, the optimum; `straight_through`, the paper's gradient optimizer, cut to the exact size;
-            `group`, greedy on utility and coverage, with a bound on what any subset could reach.
-        image_features: (N, D), of method `group`: the space to cover, `embeddings.image`.
+        method: `group`, greedy on utility and coverage, with a bound on what any subset could reach; `exact`, the
+            optimum of utility alone; `straight_through`, the paper's gradient optimizer, cut to the exact size. `auto`
+            is `group` where the scores hold trust, without `shares`, and up to 10^10 pairs within classes; else
+            `exact`.
+        image_features: (N, D), of method `group`: the space to cover; by default that of the embeddings that were
+            scored, which saved scores lack: then pass `embeddings.image`.
         coverage_weight: of method `group`: what it is worth to bring a trusted sample from nowhere to being kept.
         seed: of methods that draw at random; none of these does.
         progress: show a bar on a terminal if it takes longer than two seconds.
@@ -249,8 +253,11 @@ def select(
     table = Scores({"utility": scores}) if isinstance(scores, Tensor) else scores
     budget = resolve_budget(keep, count, len(table))
     eligible = _eligible(table, budget)
+    features = table.image_features if image_features is None else image_features
+    if method == "auto":
+        method = _default_method(table, shares)
     if score_weights is None and isinstance(scores, Scores):
-        score_weights = _default_weights(scores)
+        score_weights = _default_weights(scores, method)
     problem = _Problem(table, eligible, _weights_of_terms(scores, score_weights), budget)
     if (groups is None) != (shares is None):
         raise ValueError("groups and shares go together: which group a sample is of, and which share a group may have.")
@@ -266,9 +273,9 @@ def select(
         elif method == "straight_through":
             solved = _straight_through(problem, quotas, progress=progress)
         elif method == "group":
-            solved = _as_group(problem, quotas, image_features, coverage_weight, progress=progress)
+            solved = _as_group(problem, quotas, features, coverage_weight, progress=progress)
         else:
-            raise ValueError(f"method is {method!r}, but it must be 'exact', 'straight_through' or 'group'.")
+            raise ValueError(f"method is {method!r}, but it must be 'auto', 'group', 'exact' or 'straight_through'.")
     del problem  # and with it the utility, eight bytes a sample
     indices = solved.chosen if eligible is None else eligible[solved.chosen]
     details: dict[str, Any] = {"method": method, "seed": seed, "keep": None if keep is None else str(keep)}
@@ -358,7 +365,10 @@ def _as_group(
     problem: _Problem, quotas: Tensor | None, image_features: Tensor | None, coverage_weight: float, *, progress: bool
 ) -> _Solved:
     if image_features is None:
-        raise ValueError("method='group' covers the space of the images: pass image_features=embeddings.image.")
+        raise ValueError(
+            "method='group' covers the space of the images, which saved scores do not hold: pass "
+            "image_features=embeddings.image, or method='exact' to do without coverage."
+        )
     check_features(image_features, name="image_features", rows=len(problem.table))
     trust = problem.of_eligible(problem.table["trust"]) if "trust" in problem.table.columns else None
     result = group(
@@ -398,8 +408,17 @@ def _eligible(table: Scores, budget: int) -> Tensor | None:
     return eligible
 
 
-def _default_weights(table: Scores) -> Mapping[str, float]:
+def _default_method(table: Scores, shares: Shares | None) -> str:
+    if "trust" not in table.columns or table.labels is None or shares is not None:
+        return "exact"
+    sizes = table.labels.bincount().double()
+    return "group" if float(sizes @ sizes) <= MOST_PAIRS else "exact"
+
+
+def _default_weights(table: Scores, method: str) -> Mapping[str, float]:
     weights = DEFAULT_WEIGHTS if "trust" in table.columns else PAPER_WEIGHTS | {"intactness": 1.0}
+    if weights is DEFAULT_WEIGHTS and method != "group":
+        weights = weights | {"trusted_diversity": DIVERSITY_WEIGHT}
     return {name: weight for name, weight in weights.items() if name in table.columns} or PAPER_WEIGHTS
 
 

@@ -44,6 +44,7 @@ class Scores:
         class_names: C names, or None.
         eligible: (N,), bool; False rows (unreadable images) are never selected and take no part in scaling. None: all.
         keys: N file names, or None.
+        image_features: (N, D), or None: where `select` looks for coverage; held, not copied, and not saved.
         scaling: `min_max`: (s - min) / (max - min); `rank`: the share of samples that score lower, ties in the middle.
             Both map the eligible samples to [0, 1]; a column without any spread maps to 0. `trust`,
             `trusted_diversity` and `intactness` have a scale of their own and are not scaled.
@@ -58,6 +59,7 @@ class Scores:
     class_names: Sequence[str] | None = None
     eligible: Tensor | None = None
     keys: Sequence[str] | None = None
+    image_features: Tensor | None = field(default=None, repr=False)
     scaling: str = "min_max"
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -73,7 +75,8 @@ class Scores:
             check_mask(self.eligible, name="eligible", samples=samples)
         if self.scaling not in ("min_max", "rank"):
             raise ValueError(f"scaling is {self.scaling!r}, but it must be 'min_max' or 'rank'.")
-        for name, value in (("labels", self.labels), ("keys", self.keys)):
+        for name in ("labels", "keys", "image_features"):
+            value = getattr(self, name)
             if value is not None and len(value) != samples:
                 raise ValueError(f"{name} has {len(value)} rows, but there are {samples} samples.")
 
@@ -226,6 +229,7 @@ def score(
         class_names=source.class_names,
         eligible=source.readable,
         keys=source.keys,
+        image_features=adapted.distance_features,
         scaling=scaling,
         provenance=provenance,
     )
