@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 from selectsampler import Scores, Selection, select
 from selectsampler.embeddings.datasets import as_images
 from selectsampler.embeddings.encode import dataset_fingerprint
-from selectsampler.optimizers import apportion, top_k
+from selectsampler.optimizers import apportion, group, top_k
 
 WEIGHTS = {"semantic_alignment": 1.0, "sample_diversity": 0.1}
 
@@ -163,7 +163,7 @@ def test_what_made_a_selection_stands_in_its_provenance_as_json(balance):
 @pytest.mark.parametrize(
     ("scores", "arguments", "message"),
     [
-        (some_scores(), {"method": "magic"}, "method is 'magic', but it must be 'exact', 'straight_through' or"),
+        (some_scores(), {"method": "magic"}, "method is 'magic', but it must be 'auto', 'group', 'exact' or"),
         (some_scores(), {"score_weights": {"beauty": 1.0}}, "no score 'beauty'; there are semantic_alignment"),
         (some_scores(), {"score_weights": {}}, "score_weights is empty"),
         (torch.rand(9), {"score_weights": WEIGHTS}, "score_weights go with Scores"),
@@ -182,6 +182,58 @@ def test_what_made_a_selection_stands_in_its_provenance_as_json(balance):
 def test_select_names_what_it_does_not_know(scores, arguments, message):
     with pytest.raises(ValueError, match=message):
         select(scores, 0.5, **arguments)
+
+
+# --- select: which method
+
+
+def trusted_scores(*, image_features=True, **fields):
+    random = torch.Generator().manual_seed(0)
+    columns = {name: torch.rand(40, generator=random) for name in ("trust", "intactness", "trusted_diversity")}
+    image = torch.randn(40, 8, generator=random) if image_features else None
+    return Scores(columns, labels=torch.arange(40) % 2, class_names=["cat", "dog"], image_features=image, **fields)
+
+
+def test_where_trust_is_known_the_classes_are_covered_by_default():
+    scores = trusted_scores()
+    selection = select(scores, 0.5)
+    assert selection.provenance["selection"]["method"] == "group"
+    assert selection.provenance["selection"]["score_weights"] == {"trust": 1.0, "intactness": 1.0}
+    trusted = scores["trust"] * (scores["trust"] >= 0.5)
+    utility = (scores["trust"] + scores["intactness"]).double()
+    options = {"labels": scores.labels, "weights": trusted, "coverage_weight": 0.05, "groups": scores.labels}
+    quotas = torch.bincount(scores.labels[selection.indices])
+    expected = group(utility, scores.image_features, 20, quotas=quotas, **options)
+    assert selection.indices.tolist() == expected.indices.tolist()
+    assert selection.bound == expected.bound
+
+
+def test_without_coverage_trusted_diversity_takes_its_place():
+    scores = trusted_scores()
+    weights = {"trust": 1.0, "intactness": 1.0, "trusted_diversity": 0.02}
+    assert (
+        select(scores, 0.5, method="exact").indices.tolist()
+        == select(scores, 0.5, method="exact", score_weights=weights).indices.tolist()
+    )
+
+
+def test_classes_too_large_for_pairs_are_selected_by_utility_alone(monkeypatch):
+    monkeypatch.setattr("selectsampler.selection.MOST_PAIRS", 799)  # two classes of 20
+    assert select(trusted_scores(), 0.5).provenance["selection"]["method"] == "exact"
+    monkeypatch.setattr("selectsampler.selection.MOST_PAIRS", 800)
+    assert select(trusted_scores(), 0.5).provenance["selection"]["method"] == "group"
+
+
+def test_saved_scores_lack_the_features_that_coverage_needs_and_say_so(tmp_path):
+    scores = trusted_scores()
+    scores.save(tmp_path / "scores")
+    loaded = Scores.load(tmp_path / "scores")
+    with pytest.raises(
+        ValueError, match=r"saved scores do not hold: pass image_features=embeddings\.image, or method="
+    ):
+        select(loaded, 0.5)
+    again = select(loaded, 0.5, image_features=scores.image_features)
+    assert again.indices.tolist() == select(scores, 0.5).indices.tolist()
 
 
 # --- select: balance
