@@ -54,19 +54,14 @@ class Data:
 
     def select(self, weights: dict[str, float], *, adapters: str = "info_nce", **options: Any) -> Tensor:
         """The paper's selection, but for what is given."""
-        if options.get("method") == "group":
-            options["image_features"] = self.embeddings.image
+        options = {"balance": None, "method": "exact", "image_features": self.embeddings.image} | options
         scores = self.scores(adapters)
         return ss.select(scores, str(self.kept), score_weights=weights, seed=self.seed, **options).indices
 
-    def ours(self, *, balance: Any = "auto", **weights: float) -> Tensor:
-        """The default selection with other weights."""
-        return self.select(DEFAULT_WEIGHTS | weights, adapters="none", balance=balance)
-
-    def covering(self, weight: float) -> Tensor:
-        """The default selection with coverage in place of diversity."""
-        weights = DEFAULT_WEIGHTS | {"trusted_diversity": 0.0}
-        return self.select(weights, adapters="none", balance="auto", method="group", coverage_weight=weight)
+    def ours(self, *, balance: Any = "auto", method: str = "group", coverage: float = 0.05, **weights: float) -> Tensor:
+        """The default selection, but for what is given."""
+        options = {"balance": balance, "method": method, "coverage_weight": coverage}
+        return self.select(DEFAULT_WEIGHTS | weights, adapters="none", **options)
 
     def clean(self) -> Tensor:
         right = self.embeddings.labels == self.truth
@@ -85,14 +80,12 @@ METHODS: dict[str, Callable[[Data], Tensor]] = {
     "the paper, coverage": lambda data: data.select(PAPER, method="group", coverage_weight=0.1),
     "ours": lambda data: data.ours(),
     "ours, no quotas": lambda data: data.ours(balance=None),
-    "ours, no diversity": lambda data: data.ours(trusted_diversity=0.0),
     "ours, no intactness": lambda data: data.ours(intactness=0.0),
-    "ours, diversity 0.02": lambda data: data.ours(trusted_diversity=0.02),
-    "ours, diversity 0.05": lambda data: data.ours(trusted_diversity=0.05),
-    "ours, diversity 0.1": lambda data: data.ours(trusted_diversity=0.1),
-    "ours, coverage 0.02": lambda data: data.covering(0.02),
-    "ours, coverage 0.05": lambda data: data.covering(0.05),
-    "ours, coverage 0.1": lambda data: data.covering(0.1),
+    "ours, no coverage": lambda data: data.ours(method="exact"),
+    "ours, diversity for coverage": lambda data: data.ours(method="exact", trusted_diversity=0.02),
+    "ours, more diversity for coverage": lambda data: data.ours(method="exact", trusted_diversity=0.1),
+    "ours, less coverage": lambda data: data.ours(coverage=0.02),
+    "ours, more coverage": lambda data: data.ours(coverage=0.1),
     "clean labels, random": Data.clean,
 }
 
