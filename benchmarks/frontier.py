@@ -8,8 +8,8 @@ labelled. Noise: the share of wrong labels among the kept. Diversity: mean SDS (
 kept right-labelled samples over that of all right-labelled. Coverage: mean distance of every right-labelled sample to
 its nearest kept right-labelled one of its class, over that of a random right-labelled subset of the same size (lower is
 better). Trust and oracle are curves over the weight of diversity, read off where their diversity is the paper's or
-zero-shot's; `ours` is what `select` does by default, trust and coverage. The oracle is a linear head cross-fitted on the true labels,
-whose posterior goes through the same transition matrix and the same diversity.
+zero-shot's; `ours` is what `select` does by default, trust and coverage. The oracle is a linear head cross-fitted on
+the true labels, whose posterior goes through the same transition matrix and the same diversity.
 """
 
 import argparse
