@@ -64,6 +64,25 @@ def test_it_knows_how_noisy_the_labels_are(rate):
     assert_close(trust.class_noise.mean().item(), trust.noise_rate, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [0.03, 0.06, 0.3])
+def test_a_wrong_temperature_does_not_spoil_the_calibration(temperature):
+    images, text, truth = made_images(seed=2, spread=0.8)
+    labels = noisy("symmetric", truth, images, rate=0.4)
+    trust = label_trust(images, text, labels, temperature=temperature)
+    assert expected_calibration_error(trust.probability, labels == truth) < 0.035
+
+
+def test_noise_that_follows_the_image_does_not_outweigh_the_prompts():
+    images, text, truth = made_images(seed=2, spread=1.0)
+    standard = (images - images.mean(dim=0)) / images.std(dim=0)
+    labels = noisy("instance", truth, standard, rate=0.4)
+    cosines = torch.nn.functional.normalize(images, dim=1) @ torch.nn.functional.normalize(text, dim=1).T
+    zero_shot = (cosines / 0.06).softmax(dim=1).gather(1, labels[:, None])[:, 0]
+    trust = label_trust(images, text, labels, temperature=0.06)
+    assert roc_auc_score(labels == truth, trust.probability) > roc_auc_score(labels == truth, zero_shot) - 0.001
+    assert expected_calibration_error(trust.probability, labels == truth) < 0.04
+
+
 def test_the_transition_matrix_shows_which_classes_are_confused():
     images, text, truth = made_images()
     labels = noisy("asymmetric", truth, images, rate=0.4)
@@ -124,6 +143,7 @@ def test_a_label_is_judged_by_heads_that_never_saw_it():
     [
         ({"text_features": torch.ones(1, DIM), "labels": torch.zeros(4, dtype=torch.int64)}, "one class only"),
         ({"folds": 1}, "folds is 1"),
+        ({"temperature": 0.0}, "temperature is 0.0, but it must be positive"),
         ({"folds": 9}, "folds is 9.*the 4 samples"),
         ({"labels": torch.tensor([0, 1, 2, 7])}, r"labels\[3\] is 7"),
         ({"image_features": torch.zeros(4, DIM)}, "zero"),

@@ -21,6 +21,7 @@ LEARNING_RATE = 0.02
 SHRINKAGE = 2.0  # weighs |W|^2 / n: a Gaussian prior around the zero-shot classifier
 EIGENVALUE_FLOOR = 1e-3  # of the largest: directions without variance are not blown up
 ANCHORS = 0.06  # of a class's mean size: its anchors, the samples that are surest to be of it
+FLATTERED = 1.33  # how much too high a temperature noise that follows the image can make likely
 STANDS_OUT = 3.0  # standard deviations by which a confusion exceeds the background before it counts as one of its own
 PASSES = 8  # of expectation and maximisation, for the last transition matrix
 EVEN_GAIN = 0.08  # over the prompts, as a share of what is better than chance: there data and prompts count alike
@@ -68,7 +69,9 @@ def label_trust(
     The true class z of an image is hidden, and its label y is drawn from row z of a transition matrix T. Three kinds of
     evidence speak for z:
 
-    - the prompts: zero-shot classification, a softmax of cosine / temperature, which no wrong label has ever touched;
+    - the prompts: zero-shot classification, a softmax of cosine / temperature, which no wrong label has ever touched.
+      The temperature is the likeliest; but as noise that follows the image makes too high a one likely, that of CLIP's
+      training is preferred to a higher one, up to a third;
     - heads: linear classifiers on the whitened features, added to the zero-shot one and trained through T by the
       likelihood of the labels as given, log sum_z p(z | image) T[z, y], so that they learn true classes from noisy
       labels (arXiv 1609.03683); each sample is judged by the head that never saw its label. For their training T is
@@ -91,7 +94,7 @@ def label_trust(
         image_features: (N, D), floating point, of any length but zero; their directions count, in float32.
         text_features: (C, D), one prompt a class, on the same device.
         labels: (N,), int64, in [0, C), as given.
-        temperature: that CLIP was trained with (`Embeddings.temperature`); fitted to the labels where it is not known.
+        temperature: that CLIP was trained with (`Embeddings.temperature`), if it is known.
         folds: F, from 2 to N.
         class_names: C names, for the warning.
         seed: of folds, batches and references.
@@ -101,7 +104,8 @@ def label_trust(
         `Trust`. Memory beyond the features: the features of 4,096 samples, and logits in blocks of 32 MiB.
 
     Raises:
-        ValueError: if shapes, dtypes or labels do not fit, a feature is zero, or there are fewer than two classes.
+        ValueError: if shapes, dtypes or labels do not fit, a feature is zero, the temperature is not positive, or there
+            are fewer than two classes.
     """
     check_features(image_features, name="image_features")
     check_features(text_features, name="text_features", dim=image_features.shape[1])
@@ -111,6 +115,8 @@ def label_trust(
         raise ValueError("There is one class only, so that no label can be wrong. Trust needs at least two.")
     if not 2 <= folds <= samples:
         raise ValueError(f"folds is {folds}, but it must lie between 2 and the {samples} samples.")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, but it must be positive; 0.01 is usual. None: it is fitted.")
     with full_precision():
         data = Data(image_features, text_features, labels)
         unknown = _unknown_classes(data, class_names)
@@ -120,10 +126,9 @@ def label_trust(
             for number in range(ROUNDS):
                 heads.train(transition, seed=(seed, number), advance=bar.update)
                 transition = _anchored_transition(data, heads)
-        if temperature is None:
-            temperature = _fitted_temperature(data, transition, seed)
-        evidence = _Evidence(data, heads, temperature, unknown)
-        evidence.weigh(transition, seed)
+        fitted = _fitted_temperature(data, transition, seed)
+        temperature = fitted if temperature is None else min(fitted, max(temperature, fitted / FLATTERED))
+        evidence = _Evidence(data, heads, temperature, unknown, transition, seed)
         transition = _transition(data, evidence, transition, seed)
         probability = torch.cat(
             [
@@ -324,26 +329,34 @@ def _anchors(data: Data, heads: _Heads) -> Tensor:
 class _Evidence:
     """What speaks for the classes of an image: the data's own evidence, of heads and neighbours, and the prompts."""
 
-    def __init__(self, data: Data, heads: _Heads, temperature: float, unknown: tuple[int, ...]) -> None:
+    def __init__(
+        self, data: Data, heads: _Heads, temperature: float, unknown: tuple[int, ...], transition: Tensor, seed: int
+    ) -> None:
         self.data, self.heads, self.temperature, self.unknown = data, heads, temperature, list(unknown)
+        self.neighbours = _Neighbours(data, heads, transition, seed)
+        rows = data.some(seed)
+        self.of_neighbours = self._weight_of_neighbours(rows, transition)
+        self.share = self._share_against_prompts(rows)
 
-    def weigh(self, transition: Tensor, seed: int) -> None:
-        """Weigh heads against neighbours by the likelihood of the labels, and both against prompts by their hits."""
-        self.neighbours = _Neighbours(self.data, self.heads, transition, seed)
-        rows = self.data.some(seed)
-        labels = self.data.labels[rows]
+    def _weight_of_neighbours(self, rows: Tensor, transition: Tensor) -> float:
+        """Against heads: under which the labels are likeliest."""
         parts = torch.stack([self.heads.logits(rows).log_softmax(dim=1), self.neighbours.log_posterior(rows)])
-        even = torch.zeros(2, device=rows.device)
         weights = _likeliest(
-            even, lambda weights: torch.tensordot(weights.softmax(dim=0), parts, dims=1), transition, labels
+            torch.zeros(2, device=rows.device),
+            lambda weights: torch.tensordot(weights.softmax(dim=0), parts, dims=1),
+            transition,
+            self.data.labels[rows],
         )
-        self.of_neighbours = float(weights.softmax(dim=0)[1])
-        own = self._own(rows)
+        return float(weights.softmax(dim=0)[1])
+
+    def _share_against_prompts(self, rows: Tensor) -> float:
+        """Of heads and neighbours: by how much oftener than with the prompts their first class is the label."""
+        labels, own = self.data.labels[rows], self._own(rows)
         hits, hits_of_prompts = (
             float((posterior.argmax(dim=1) == labels).float().mean()) for posterior in (own, self._prompts(rows, own))
         )
         gain = max(0.0, hits - hits_of_prompts) / max(hits - 1 / self.data.classes, 1e-6)
-        self.share = gain**2 / (gain**2 + EVEN_GAIN**2)
+        return gain**2 / (gain**2 + EVEN_GAIN**2)
 
     def logits(self, rows: Tensor) -> Tensor:
         """(b, C): log p(z | image) up to a constant, by what did not see the label."""
