@@ -311,7 +311,6 @@ def test_every_rate_is_measured(data, shared_clip, monkeypatch):
     monkeypatch.setattr(imagenet_cost, "IMAGENET", 12_000)
     rates = imagenet_cost.measure(data, shared_clip, TINY)
     assert min(vars(rates).values()) >= 0
-    assert rates.augment < rates.decode
 
 
 @pytest.mark.slow
