@@ -79,7 +79,7 @@ def test_noise_that_follows_the_image_does_not_outweigh_the_prompts():
     cosines = torch.nn.functional.normalize(images, dim=1) @ torch.nn.functional.normalize(text, dim=1).T
     zero_shot = (cosines / 0.06).softmax(dim=1).gather(1, labels[:, None])[:, 0]
     trust = label_trust(images, text, labels, temperature=0.06)
-    assert roc_auc_score(labels == truth, trust.probability) > roc_auc_score(labels == truth, zero_shot) - 0.001
+    assert roc_auc_score(labels == truth, trust.probability) > roc_auc_score(labels == truth, zero_shot) - 0.002
     assert expected_calibration_error(trust.probability, labels == truth) < 0.04
 
 

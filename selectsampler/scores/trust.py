@@ -22,9 +22,9 @@ SHRINKAGE = 2.0  # weighs |W|^2 / n: a Gaussian prior around the zero-shot class
 EIGENVALUE_FLOOR = 1e-3  # of the largest: directions without variance are not blown up
 ANCHORS = 0.06  # of a class's mean size: its anchors, the samples that are surest to be of it
 FLATTERED = 1.33  # how much too high a temperature noise that follows the image can make likely
+BY_CHANCE = 0.01  # a gain in hits over the prompts that says little
 STANDS_OUT = 3.0  # standard deviations by which a confusion exceeds the background before it counts as one of its own
 PASSES = 8  # of expectation and maximisation, for the last transition matrix
-EVEN_GAIN = 0.08  # over the prompts, as a share of what is better than chance: there data and prompts count alike
 REFERENCES, NEIGHBOURS, BANDWIDTH = 4096, 50, 0.1
 NEGLIGIBLE = 0.02  # a weight of the neighbours that is not worth looking them up
 BLOCK = 2**23  # logits that are held at once
@@ -80,10 +80,11 @@ def label_trust(
 
     Heads and neighbours are weighed so that the labels are likeliest. How far they outweigh the prompts is not left to
     likelihood: noise that follows the image is predictable from it, so that whoever learns the noise makes the labels
-    likelier. But as long as most labels of images alike are right, it cannot change which class comes first. So what
-    counts is how much oftener their first class is the label than the prompts' is, g = (a - a_prompts) / (a - 1 / C):
-    log p(z | image) weighs them by g^2 / (g^2 + 0.08^2) and the prompts by the rest. Then T is taken anew, from all
-    samples by expectation and maximisation; confusions that do not stand out share one rate. In the end
+    likelier. But as long as most labels of images alike are right, it cannot change which class comes first. So their
+    gain in hits, g = (a - a_prompts) / (a - 1 / C), where a is how often the first class is the label, is held against
+    their gain in mean log-likelihood, l: log p(z | image) weighs them by g / (g + l / 2 + 0.01), and the prompts by the
+    rest. Then T is taken anew, from all samples by expectation and maximisation; confusions that do not stand out share
+    one rate. In the end
 
         trust = P(z = y | image, y) = p(y | image) T[y, y] / sum_z p(z | image) T[z, y].
 
@@ -336,7 +337,7 @@ class _Evidence:
         self.neighbours = _Neighbours(data, heads, transition, seed)
         rows = data.some(seed)
         self.of_neighbours = self._weight_of_neighbours(rows, transition)
-        self.share = self._share_against_prompts(rows)
+        self.share = self._share_against_prompts(rows, transition)
 
     def _weight_of_neighbours(self, rows: Tensor, transition: Tensor) -> float:
         """Against heads: under which the labels are likeliest."""
@@ -349,14 +350,18 @@ class _Evidence:
         )
         return float(weights.softmax(dim=0)[1])
 
-    def _share_against_prompts(self, rows: Tensor) -> float:
-        """Of heads and neighbours: by how much oftener than with the prompts their first class is the label."""
+    def _share_against_prompts(self, rows: Tensor, transition: Tensor) -> float:
+        """Of heads and neighbours: what they gain over the prompts in hits, against what they gain in likelihood."""
         labels, own = self.data.labels[rows], self._own(rows)
-        hits, hits_of_prompts = (
-            float((posterior.argmax(dim=1) == labels).float().mean()) for posterior in (own, self._prompts(rows, own))
+        both = (own, self._prompts(rows, own))
+        hits, hits_of_prompts = (float((logits.argmax(dim=1) == labels).float().mean()) for logits in both)
+        likelihood, likelihood_of_prompts = (
+            float((logits.softmax(dim=1) * transition.T[labels]).sum(dim=1).clamp(min=1e-9).log().mean())
+            for logits in both
         )
         gain = max(0.0, hits - hits_of_prompts) / max(hits - 1 / self.data.classes, 1e-6)
-        return gain**2 / (gain**2 + EVEN_GAIN**2)
+        learnt = max(0.0, likelihood - likelihood_of_prompts) / 2
+        return gain / (gain + learnt + BY_CHANCE)
 
     def logits(self, rows: Tensor) -> Tensor:
         """(b, C): log p(z | image) up to a constant, by what did not see the label."""
