@@ -296,7 +296,8 @@ def _train(
 
 def _add_shrinkage(adapters: Tensor, strength: Tensor) -> None:
     """Add strength * (adapters - identity) to the gradient: a graph of its own would cost a third of the training."""
-    assert adapters.grad is not None
+    if adapters.grad is None:
+        raise RuntimeError("Adapters have no gradient yet: shrinkage is added after backward().")
     adapters.grad.addcmul_(adapters.detach(), strength[:, None, None])
     adapters.grad.diagonal(dim1=1, dim2=2).sub_(strength[:, None])
 

@@ -216,6 +216,7 @@ def _present(run: Run, parts: Sequence[Part]) -> set[str]:
 
 
 def read_part(run: Run, name: str) -> Tensor:
+    """(n,), float32: the scores that a part left in the run's folder, ValueError where the file is not whole."""
     return read_tensors(_path(run, name), kind="pool part")[0]["scores"]
 
 
