@@ -1,10 +1,12 @@
 """From files to uid files: equal to the definition, exact in size, whatever breaks, and on any number of threads."""
 
+import gc
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,7 +32,10 @@ from selectsampler.datacomp import (
     verify_uids,
     write_uids,
 )
+from selectsampler.datacomp import dynamic as dynamic_module
+from selectsampler.datacomp import pool as pool_module
 from selectsampler.datacomp import scoring as scoring_module
+from selectsampler.datacomp import uid_files as uid_files_module
 from selectsampler.datacomp.filtering import choose
 from selectsampler.datacomp.scoring import Run, group_shards, score_s_clip_loss
 from selectsampler.scores import norm_sim, s_clip_loss
@@ -582,6 +587,8 @@ def test_targets_are_read_from_files_and_folders(tmp_path):
     np.save(tmp_path / "flat.npy", np.zeros(4))
     with pytest.raises(ValueError, match=r"floats of shape \(T, D\)"):
         read_target(tmp_path / "flat.npy", "l14_img")
+    np.save(tmp_path / "pool" / ".half-written.npy", np.zeros(4))
+    assert len(read_target(tmp_path / "pool", "l14_img")) == 50
 
 
 def test_a_planted_pool_is_separated_as_the_paper_says(tmp_path):
@@ -603,6 +610,33 @@ def test_a_planted_pool_is_separated_as_the_paper_says(tmp_path):
     assert share["cosine"]["generic"] > 5 * share["loss"]["generic"]
     assert share["loss"]["mismatched"] < 0.01
     assert share["near"]["near_target"] > 1.3 * share["loss"]["near_target"]
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [Stage("s-clip-loss", keep=1)],
+        [Stage("clip-score", keep=1), Stage("norm-sim", keep=1, target="target.npy")],
+        [Stage("norm-sim-dynamic", keep=1, rounds=2)],
+    ],
+    ids=lambda stages: stages[-1].score,
+)
+def test_a_sample_takes_at_most_24_bytes_even_where_all_are_kept(tmp_path, monkeypatch, stages):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pool_module, "BLOCK", 256)  # what is read at once would hide what grows
+    monkeypatch.setattr(uid_files_module, "BLOCK", 1024)
+    monkeypatch.setattr(dynamic_module, "BLOCK", 256)
+    np.save("target.npy", np.ones((2, 16), dtype=np.float16))
+    options = SMALL | {"group_size": 2, "repeats": 1, "threads": 1, "batch_size": 512}
+    peaks = []
+    for name, count in (("warm", 1), ("small", 8), ("large", 24)):
+        write_pool(tmp_path / name, [4_000] * count)
+        gc.collect()
+        tracemalloc.start()
+        filter_pool(tmp_path / name, stages, f"{name}.npy", **options)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert 8 < (peaks[2] - peaks[1]) / 64_000 <= 24
 
 
 MEMORY = """

@@ -15,7 +15,7 @@ __all__ = ["digests_of", "read_centroids", "read_fitting_target", "read_target",
 def read_target(path: Path | str, member: str) -> np.ndarray:
     """(T, D): image features of a target, from a file or from all files of a folder, in the order of their names.
 
-    Local, or any fsspec URL, which is fetched for as long as it is read.
+    Hidden files are left alone. Local, or any fsspec URL, which is fetched for as long as it is read.
 
     Args:
         path: `.npy` of (T, D); `.npz` with `member` or one array only; `.safetensors` of `Embeddings.save`, or with one
@@ -100,7 +100,8 @@ def _feature_files(local: Path, path: Path | str) -> list[Path]:
         raise FileNotFoundError(f"There is no target {path}.")
     if local.is_file():
         return [local]
-    files = sorted(file for file in local.iterdir() if file.suffix in (".npy", ".npz", ".safetensors"))
+    visible = (file for file in local.iterdir() if not file.name.startswith("."))
+    files = sorted(file for file in visible if file.suffix in (".npy", ".npz", ".safetensors"))
     if not files:
         raise ValueError(f"The target {path} holds no .npy, .npz or .safetensors file.")
     return files
