@@ -11,7 +11,7 @@ selection are paired. Interrupted, the same command goes on with what is missing
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 import selectsampler as ss
 from selectsampler.selection import DEFAULT_WEIGHTS
 
-UPDATES = 300
+UPDATES = 1000
 ALL = ("semantic_alignment", "sample_diversity", "trust", "trusted_diversity", "intactness")
 PAPER = ss.presets.paper["select"]["score_weights"]
 
@@ -58,10 +58,15 @@ class Data:
         scores = self.scores(adapters)
         return ss.select(scores, str(self.kept), score_weights=weights, seed=self.seed, **options).indices
 
-    def ours(self, *, balance: Any = "auto", method: str = "group", coverage: float = 0.05, **weights: float) -> Tensor:
-        """The default selection, but for what is given."""
-        options = {"balance": balance, "method": method, "coverage_weight": coverage}
-        return self.select(DEFAULT_WEIGHTS | weights, adapters="none", **options)
+    def ours(self, *, without: Sequence[str] = (), **options: Any) -> Tensor:
+        """The default selection, but for what is given; without some of the scores that it looks at."""
+        scores = self.scores("none")
+        kept = {name: values for name, values in scores.columns.items() if name not in without}
+        return ss.select(replace(scores, columns=kept), str(self.kept), seed=self.seed, **options).indices
+
+    def diverse(self, weight: float) -> Tensor:
+        """Trusted diversity in the place of the lot."""
+        return self.ours(method="exact", score_weights=DEFAULT_WEIGHTS | {"trusted_diversity": weight})
 
     def clean(self) -> Tensor:
         right = self.embeddings.labels == self.truth
@@ -80,12 +85,13 @@ METHODS: dict[str, Callable[[Data], Tensor]] = {
     "the paper, coverage": lambda data: data.select(PAPER, method="group", coverage_weight=0.1),
     "ours": lambda data: data.ours(),
     "ours, no quotas": lambda data: data.ours(balance=None),
-    "ours, no intactness": lambda data: data.ours(intactness=0.0),
-    "ours, no coverage": lambda data: data.ours(method="exact"),
-    "ours, diversity for coverage": lambda data: data.ours(method="exact", trusted_diversity=0.02),
-    "ours, more diversity for coverage": lambda data: data.ours(method="exact", trusted_diversity=0.1),
-    "ours, less coverage": lambda data: data.ours(coverage=0.02),
-    "ours, more coverage": lambda data: data.ours(coverage=0.1),
+    "ours, no intactness": lambda data: data.ours(without=["intactness"]),
+    "ours, repeats as well": lambda data: data.ours(without=["trusted_diversity"]),
+    "ours, no risk": lambda data: data.ours(risk=0.0),
+    "ours, twice the risk": lambda data: data.ours(risk=0.01),
+    "ours, four times the risk": lambda data: data.ours(risk=0.02),
+    "ours, diversity for the lot": lambda data: data.diverse(0.02),
+    "ours, coverage for the lot": lambda data: data.ours(method="group"),
     "clean labels, random": Data.clean,
 }
 

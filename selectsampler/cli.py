@@ -126,10 +126,11 @@ def _add_select(verbs: Any) -> None:
     verb.add_argument("--quota", action="append", metavar="CLASS=NUMBER", help="of every class instead, by its name")
     verb.add_argument(
         "--method",
-        choices=("auto", "group", "exact", "straight_through"),
+        choices=("auto", "draw", "exact", "group", "straight_through"),
         default="auto",
-        help="(%(default)s: group, which covers each class, if trust is known)",
+        help="(%(default)s: draw, by lot among what is safe, if trust is known and no weights are given)",
     )
+    verb.add_argument("--seed", type=int, default=0, help="of method draw (%(default)s)")
     verb.add_argument("--embeddings", type=Path, metavar="FILE", help="what was scored: what method group is to cover")
     verb.set_defaults(run=_select)
 
@@ -213,6 +214,7 @@ def _select(arguments: argparse.Namespace) -> None:
         balance=quotas or (None if arguments.balance == "none" else arguments.balance),
         method=arguments.method,
         image_features=None if arguments.embeddings is None else Embeddings.load(arguments.embeddings).image,
+        seed=arguments.seed,
     )
     selection.save(arguments.out)
     _tell(f"{selection}: {arguments.out}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from selectsampler.balance import Quotas, Shares, class_quotas, share_ranges
 from selectsampler.export import write_array, write_lines, write_table
 from selectsampler.grouping import rows_of_groups
-from selectsampler.optimizers import group, prices, straight_through, top_k, top_k_in_ranges
+from selectsampler.optimizers import draw, group, prices, safe_limit, straight_through, top_k, top_k_in_ranges
 from selectsampler.scores.table import TRUSTED, Scores
 from selectsampler.store import FORMAT, bytes_of, pack_strings, read_tensors, unpack_strings, write_tensors
 from selectsampler.validation import as_indices, check_features, check_vector, is_ascending, resolve_budget
@@ -23,8 +23,7 @@ __all__ = ["DEFAULT_WEIGHTS", "PAPER_WEIGHTS", "Selection", "select"]
 
 PAPER_WEIGHTS = {"semantic_alignment": 1.0, "sample_diversity": 0.1}
 DEFAULT_WEIGHTS = {"trust": 1.0, "intactness": 1.0}  # of these, those that were scored
-DIVERSITY_WEIGHT = 0.02  # of trusted_diversity, where coverage is not looked at
-MOST_PAIRS = 10**10  # of samples of one class, whose coverage takes minutes
+INTACT = 0.998  # images that are at least this probably intact are equally good to draw
 SURE = 0.9  # at least this probable is the label of a sample that counts as surely right
 
 
@@ -204,6 +203,7 @@ def select(
     groups: Tensor | None = None,
     shares: Shares | None = None,
     method: str = "auto",
+    risk: float = 0.005,
     image_features: Tensor | None = None,
     coverage_weight: float = 0.05,
     seed: int = 0,
@@ -216,30 +216,34 @@ def select(
     tensor([1, 3])
 
     The objective is the sum of the samples' utilities: for `Scores` their weighted sum (`Scores.utility`), for a tensor
-    its own entries. With `DEFAULT_WEIGHTS` it is the expected number of right labels and of intact images, to which
-    `method="group"` adds how well the subset covers the trusted samples of each class: it decides where samples are
-    about equally safe. With `PAPER_WEIGHTS` it is the selection optimization of arXiv 2410.11215.
+    its own entries. With `PAPER_WEIGHTS` it is the selection optimization of arXiv 2410.11215, with `DEFAULT_WEIGHTS`
+    the expected number of right labels and of intact images. Its highest sums are easy samples, though, which train
+    fast and not far: `method="draw"` gives up a little of it, `risk`, for a choice by lot among all that is safe, so
+    that the subset keeps the density of the data; where all labels are right, it is a random subset.
 
     Args:
         scores: `Scores`, or one float tensor (N,) of your own, finite, higher is better.
         keep: a fraction in (0, 1] of all N samples, taken as the exact decimal it is written as: 0.29 of 100 is 29.
         count: a number of samples instead. Neither is needed where `balance` gives every quota.
-        score_weights: name of a score -> its weight; `DEFAULT_WEIGHTS` where the scores hold trust (and 0.02 of
-            trusted diversity where coverage is not looked at), else `PAPER_WEIGHTS`.
+        score_weights: name of a score -> its weight; `DEFAULT_WEIGHTS` where the scores hold trust, else
+            `PAPER_WEIGHTS`. Not with `draw`, which asks for trust and intactness only.
         balance: `trusted`: every class gets its share of the budget by its sum of trust, and none is asked for more
             than it has trusted samples; `given`: its share as labelled, by largest remainder; {class name or number:
             quota}, summing to the budget; None: no quotas. `auto` is `trusted` where the scores hold trust, else None.
         groups: (N,), int64, from 0: any other groups (class x attribute, say), with `shares`, instead of `balance`.
         shares: {group: (lowest, highest)}: which share of the selection a group is to have, in [0, 1]; others are free.
             What each range costs in objective stands in the provenance as `prices`.
-        method: `group`, greedy on utility and coverage, with a bound on what any subset could reach; `exact`, the
-            optimum of utility alone; `straight_through`, the paper's gradient optimizer, cut to the exact size. `auto`
-            is `group` where the scores hold trust, without `shares`, and up to 10^10 pairs within classes; else
-            `exact`.
+        method: `draw`, by lot among the samples whose label is safe and whose image is surely intact, then of the
+            next best; near-duplicates of a more trusted sample (their `trusted_diversity` is 0) count as barely
+            trusted. `exact`, the optimum of utility; `group`, greedy on utility and coverage, with a bound on what any
+            subset could reach; `straight_through`, the paper's gradient optimizer, cut to the exact size. `auto` is
+            `draw` where the scores hold trust, without `score_weights` or `shares`; else `exact`.
+        risk: of method `draw`: how many more of the selected labels may be wrong, as a share and in expectation, than
+            in the safest selection (`safe_limit`); 0 is that selection, 1 draws from all.
         image_features: (N, D), of method `group`: the space to cover; by default that of the embeddings that were
             scored, which saved scores lack: then pass `embeddings.image`.
         coverage_weight: of method `group`: what it is worth to bring a trusted sample from nowhere to being kept.
-        seed: of methods that draw at random; none of these does.
+        seed: of method `draw`.
         progress: show a bar on a terminal if it takes longer than two seconds.
 
     Raises:
@@ -255,9 +259,11 @@ def select(
     eligible = _eligible(table, budget)
     features = table.image_features if image_features is None else image_features
     if method == "auto":
-        method = _default_method(table, shares)
+        method = "draw" if "trust" in table.columns and score_weights is None and shares is None else "exact"
+    if method == "draw" and score_weights is not None:
+        raise ValueError("method='draw' knows no score_weights: use method='exact' or 'group'.")
     if score_weights is None and isinstance(scores, Scores):
-        score_weights = _default_weights(scores, method)
+        score_weights = _default_weights(scores)
     problem = _Problem(table, eligible, _weights_of_terms(scores, score_weights), budget)
     if (groups is None) != (shares is None):
         raise ValueError("groups and shares go together: which group a sample is of, and which share a group may have.")
@@ -268,14 +274,17 @@ def select(
     else:
         by_default = None if method == "straight_through" else balance  # which knows no quotas
         quotas = class_quotas(table, by_default if balance == "auto" else balance, budget, eligible)
-        if method == "exact":
+        if method == "draw":
+            solved = _drawn(problem, quotas, risk, seed)
+        elif method == "exact":
             solved = _exactly(problem, quotas)
         elif method == "straight_through":
             solved = _straight_through(problem, quotas, progress=progress)
         elif method == "group":
             solved = _as_group(problem, quotas, features, coverage_weight, progress=progress)
         else:
-            raise ValueError(f"method is {method!r}, but it must be 'auto', 'group', 'exact' or 'straight_through'.")
+            known = "'auto', 'draw', 'exact', 'group' or 'straight_through'"
+            raise ValueError(f"method is {method!r}, but it must be {known}.")
     del problem  # and with it the utility, eight bytes a sample
     indices = solved.chosen if eligible is None else eligible[solved.chosen]
     details: dict[str, Any] = {"method": method, "seed": seed, "keep": None if keep is None else str(keep)}
@@ -337,6 +346,24 @@ class _Solved:
     objective: float
     bound: float
     details: dict[str, Any]
+
+
+def _drawn(problem: _Problem, quotas: Tensor | None, risk: float, seed: int) -> _Solved:
+    columns = problem.table.columns
+    if "trust" not in columns:
+        raise ValueError("method='draw' needs the score 'trust': score() gives it where there are two classes or more.")
+    trust = problem.of_eligible(columns["trust"]).double()
+    limit = safe_limit(trust, problem.budget, risk)
+    worth = trust.clamp(max=limit)
+    if "trusted_diversity" in columns:
+        repeated = problem.of_eligible(columns["trusted_diversity"]) == 0
+        worth[repeated] = worth[repeated].clamp(max=TRUSTED)
+    if "intactness" in columns:
+        worth += problem.of_eligible(columns["intactness"]).clamp(max=INTACT)
+    groups = None if quotas is None else problem.labels
+    chosen = draw(worth, problem.budget, groups=groups, quotas=quotas, seed=seed)
+    details = {"risk": risk, "safe_limit": limit, "safe": int((trust >= limit).sum())}
+    return _Solved(chosen, problem.worth(chosen), _exactly(problem, quotas).objective, details)
 
 
 def _exactly(problem: _Problem, quotas: Tensor | None) -> _Solved:
@@ -408,17 +435,8 @@ def _eligible(table: Scores, budget: int) -> Tensor | None:
     return eligible
 
 
-def _default_method(table: Scores, shares: Shares | None) -> str:
-    if "trust" not in table.columns or table.labels is None or shares is not None:
-        return "exact"
-    sizes = table.labels.bincount().double()
-    return "group" if float(sizes @ sizes) <= MOST_PAIRS else "exact"
-
-
-def _default_weights(table: Scores, method: str) -> Mapping[str, float]:
+def _default_weights(table: Scores) -> Mapping[str, float]:
     weights = DEFAULT_WEIGHTS if "trust" in table.columns else PAPER_WEIGHTS | {"intactness": 1.0}
-    if weights is DEFAULT_WEIGHTS and method != "group":
-        weights = weights | {"trusted_diversity": DIVERSITY_WEIGHT}
     return {name: weight for name, weight in weights.items() if name in table.columns} or PAPER_WEIGHTS
 
 

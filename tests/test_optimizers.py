@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selectsampler.optimizers import apportion, straight_through, top_k
+from selectsampler.optimizers import apportion, draw, safe_limit, straight_through, top_k
 
 
 def best_subset(values: list[float], k: int, groups: list[int], quotas: list[int]) -> list[int]:
@@ -93,6 +93,40 @@ def largest_remainder(weights: list[int], total: int) -> list[int]:
 
 
 positive_weights = st.lists(st.integers(0, 1000), min_size=1, max_size=12).filter(any)
+
+
+@settings(max_examples=100, deadline=None)
+@given(values=small_integers, seed=st.integers(0, 99), data=st.data())
+def test_a_draw_is_worth_as_much_as_the_best_of_all_subsets(values, seed, data):
+    groups = data.draw(st.lists(st.integers(0, 3), min_size=len(values), max_size=len(values)))
+    quotas = [data.draw(st.integers(0, groups.count(group))) for group in range(4)]
+    utility, k = torch.tensor(values).float(), sum(quotas)
+    chosen = draw(utility, k, groups=torch.tensor(groups), quotas=torch.tensor(quotas), seed=seed)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert torch.bincount(torch.tensor(groups)[chosen], minlength=4).tolist() == quotas
+    assert utility[chosen].sum() == sum(values[i] for i in best_subset(values, k, groups, quotas))
+
+
+def test_a_draw_takes_every_one_of_equals_equally_often():
+    drawn = torch.zeros(20)
+    for seed in range(2000):
+        drawn[draw(torch.zeros(20), 5, seed=seed)] += 1
+    assert drawn.sum() == 2000 * 5
+    assert ((drawn - 500).abs() < 5 * (2000 * 0.25 * 0.75) ** 0.5).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(st.integers(0, 16), min_size=1, max_size=9),
+    risk=st.sampled_from([0.0, 0.0625, 0.25, 1.0]),
+    data=st.data(),
+)
+def test_as_many_are_safe_as_the_risk_allows(values, risk, data):
+    k = data.draw(st.integers(1, len(values)))
+    best_first = sorted((value / 16 for value in values), reverse=True)
+    wrong = [sum(1 - p for p in best_first[:n]) / n for n in range(1, len(values) + 1)]
+    most = max(n for n in range(1, len(values) + 1) if wrong[n - 1] <= wrong[k - 1] + risk)
+    assert safe_limit(torch.tensor(values) / 16, k, risk) == best_first[most - 1]
 
 
 @settings(deadline=None)

@@ -163,7 +163,7 @@ def test_what_made_a_selection_stands_in_its_provenance_as_json(balance):
 @pytest.mark.parametrize(
     ("scores", "arguments", "message"),
     [
-        (some_scores(), {"method": "magic"}, "method is 'magic', but it must be 'auto', 'group', 'exact' or"),
+        (some_scores(), {"method": "magic"}, "method is 'magic', but it must be 'auto', 'draw', 'exact', 'group' or"),
         (some_scores(), {"score_weights": {"beauty": 1.0}}, "no score 'beauty'; there are semantic_alignment"),
         (some_scores(), {"score_weights": {}}, "score_weights is empty"),
         (torch.rand(9), {"score_weights": WEIGHTS}, "score_weights go with Scores"),
@@ -194,10 +194,77 @@ def trusted_scores(*, image_features=True, **fields):
     return Scores(columns, labels=torch.arange(40) % 2, class_names=["cat", "dog"], image_features=image, **fields)
 
 
-def test_where_trust_is_known_the_classes_are_covered_by_default():
+def safe_scores(safe: int, samples: int = 400, **columns) -> Scores:
+    """The first rows are surely right, the others less and less."""
+    trust = torch.cat([torch.ones(safe), torch.linspace(0.9, 0.1, samples - safe)])
+    return Scores({"trust": trust, **columns}, labels=torch.zeros(samples, dtype=torch.int64), class_names=["cat"])
+
+
+def test_where_trust_is_known_the_lot_decides_among_what_is_safe():
+    selection = select(safe_scores(300), 0.25, risk=0.0)
+    assert selection.provenance["selection"]["method"] == "draw"
+    assert selection.provenance["selection"]["safe"] == 300
+    assert selection.indices.max() < 300
+    assert not torch.equal(selection.indices, torch.arange(100))
+    assert torch.equal(select(safe_scores(300), 0.25, risk=0.0).indices, selection.indices)
+    assert not torch.equal(select(safe_scores(300), 0.25, risk=0.0, seed=1).indices, selection.indices)
+
+
+def test_where_all_labels_are_right_every_sample_is_drawn_about_equally_often():
+    scores = safe_scores(400)
+    drawn = torch.zeros(400)
+    for seed in range(200):
+        drawn[select(scores, 0.5, seed=seed).indices] += 1
+    assert drawn.mean() == 100
+    assert drawn.std() == pytest.approx(50**0.5, rel=0.15)  # of the binomial distribution
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.9])
+def test_a_draw_holds_at_most_the_risk_more_of_wrong_labels_than_the_safest_selection(keep):
+    scores = safe_scores(0)
+    wrong = [float((1 - scores["trust"][select(scores, keep, seed=seed).indices]).mean()) for seed in range(50)]
+    safest = float((1 - scores["trust"][select(scores, keep, risk=0.0).indices]).mean())
+    assert safest == pytest.approx(float((1 - scores["trust"][: int(keep * 400)]).mean()), abs=1e-6)
+    assert safest < sum(wrong) / 50 < safest + 0.005 + 0.001
+
+
+def test_at_risk_1_it_draws_from_all():
+    assert select(safe_scores(0), 0.5, risk=1.0).provenance["selection"]["safe"] == 400
+
+
+def test_what_is_drawn_is_intact_first_and_repeats_come_after_what_is_trusted():
+    intact = torch.ones(400)
+    intact[:100] = 0.5
+    assert select(safe_scores(300, intactness=intact), 0.5).indices.min() >= 100
+    diversity = torch.ones(400)
+    diversity[100:300] = 0.0
+    chosen = select(safe_scores(300, trusted_diversity=diversity), count=150, risk=0.0).indices
+    assert torch.equal(chosen, torch.cat([torch.arange(100), torch.arange(300, 350)]))
+
+
+def test_a_draw_says_how_far_from_the_safest_it_is():
+    selection = select(safe_scores(0), 0.5, risk=0.05)
+    assert selection.objective < selection.bound == select(safe_scores(0), 0.5, method="exact").objective
+
+
+def test_a_draw_needs_trust_and_takes_no_weights():
+    with pytest.raises(ValueError, match="needs the score 'trust'"):
+        select(torch.rand(10), 0.5, method="draw")
+    with pytest.raises(ValueError, match="knows no score_weights"):
+        select(safe_scores(300), 0.5, method="draw", score_weights={"trust": 1.0})
+    with pytest.raises(ValueError, match=r"risk is 1\.5"):
+        select(safe_scores(300), 0.5, risk=1.5)
+
+
+def test_weights_of_ones_own_are_maximised():
+    weighed = select(safe_scores(0), 0.5, score_weights={"trust": 1.0})
+    assert weighed.provenance["selection"]["method"] == "exact"
+    assert weighed.indices.max() == 199
+
+
+def test_group_covers_the_trusted_samples_of_each_class():
     scores = trusted_scores()
-    selection = select(scores, 0.5)
-    assert selection.provenance["selection"]["method"] == "group"
+    selection = select(scores, 0.5, method="group")
     assert selection.provenance["selection"]["score_weights"] == {"trust": 1.0, "intactness": 1.0}
     trusted = scores["trust"] * (scores["trust"] >= 0.5)
     utility = (scores["trust"] + scores["intactness"]).double()
@@ -208,22 +275,6 @@ def test_where_trust_is_known_the_classes_are_covered_by_default():
     assert selection.bound == expected.bound
 
 
-def test_without_coverage_trusted_diversity_takes_its_place():
-    scores = trusted_scores()
-    weights = {"trust": 1.0, "intactness": 1.0, "trusted_diversity": 0.02}
-    assert (
-        select(scores, 0.5, method="exact").indices.tolist()
-        == select(scores, 0.5, method="exact", score_weights=weights).indices.tolist()
-    )
-
-
-def test_classes_too_large_for_pairs_are_selected_by_utility_alone(monkeypatch):
-    monkeypatch.setattr("selectsampler.selection.MOST_PAIRS", 799)  # two classes of 20
-    assert select(trusted_scores(), 0.5).provenance["selection"]["method"] == "exact"
-    monkeypatch.setattr("selectsampler.selection.MOST_PAIRS", 800)
-    assert select(trusted_scores(), 0.5).provenance["selection"]["method"] == "group"
-
-
 def test_saved_scores_lack_the_features_that_coverage_needs_and_say_so(tmp_path):
     scores = trusted_scores()
     scores.save(tmp_path / "scores")
@@ -231,9 +282,10 @@ def test_saved_scores_lack_the_features_that_coverage_needs_and_say_so(tmp_path)
     with pytest.raises(
         ValueError, match=r"saved scores do not hold: pass image_features=embeddings\.image, or method="
     ):
-        select(loaded, 0.5)
-    again = select(loaded, 0.5, image_features=scores.image_features)
-    assert again.indices.tolist() == select(scores, 0.5).indices.tolist()
+        select(loaded, 0.5, method="group")
+    again = select(loaded, 0.5, method="group", image_features=scores.image_features)
+    assert again.indices.tolist() == select(scores, 0.5, method="group").indices.tolist()
+    assert select(loaded, 0.5).indices.tolist() == select(scores, 0.5).indices.tolist()  # a draw needs none
 
 
 # --- select: balance

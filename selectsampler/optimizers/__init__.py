@@ -1,5 +1,6 @@
-"""Solvers that choose k of N samples, one file each; ties go to the lower index."""
+"""Solvers that choose k of N samples, one file each; ties go to the lower index, of `draw` to the lot."""
 
+from selectsampler.optimizers.draw import draw, safe_limit
 from selectsampler.optimizers.exact import top_k
 from selectsampler.optimizers.group import GroupSelection, group
 from selectsampler.optimizers.norm_sim_dynamic import norm_sim_dynamic
@@ -11,9 +12,11 @@ __all__ = [
     "GroupSelection",
     "StraightThrough",
     "apportion",
+    "draw",
     "group",
     "norm_sim_dynamic",
     "prices",
+    "safe_limit",
     "straight_through",
     "top_k",
     "top_k_in_ranges",
