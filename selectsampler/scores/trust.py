@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, normalize, one_hot
+from torch.nn.functional import embedding_bag, normalize
 
 from selectsampler.precision import full_precision
 from selectsampler.progress import progress_bar
@@ -27,7 +27,8 @@ STANDS_OUT = 3.0  # standard deviations by which a confusion exceeds the backgro
 PASSES = 8  # of expectation and maximisation, for the last transition matrix
 REFERENCES, NEIGHBOURS, BANDWIDTH = 4096, 50, 0.1
 NEGLIGIBLE = 0.02  # a weight of the neighbours that is not worth looking them up
-BLOCK = 2**23  # logits that are held at once
+BLOCK = 2**20  # logits that are held at once
+FITTED = 2**21  # logits that scalars and the last transition matrix are fitted to
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ def label_trust(
         progress: show a bar on a terminal if it takes longer than two seconds.
 
     Returns:
-        `Trust`. Memory beyond the features: the features of 4,096 samples, and logits in blocks of 32 MiB.
+        `Trust`. Memory beyond the features: the features of 4,096 samples, and a dozen times 16 MiB of logits.
 
     Raises:
         ValueError: if shapes, dtypes or labels do not fit, a feature is zero, the temperature is not positive, or there
@@ -146,7 +147,7 @@ def label_trust(
 class Data:
     """Features as directions, in blocks; their mean and what whitens them."""
 
-    block_rows = 8192
+    block_rows = 2048
 
     def __init__(self, image_features: Tensor, text_features: Tensor, labels: Tensor) -> None:
         self.features, self.labels = image_features, labels
@@ -170,8 +171,8 @@ class Data:
         yield from rows.split(max(1, min(self.block_rows, BLOCK // self.classes)))
 
     def some(self, seed: int) -> Tensor:
-        """Rows to fit scalars to: as many as have room in one block, drawn at random, ascending."""
-        count = min(len(self), 10_000, BLOCK // self.classes)
+        """Rows to fit scalars to, drawn at random, ascending."""
+        count = min(len(self), 10_000, FITTED // self.classes)
         return _drawn(len(self), count, (seed, 1)).to(self.labels.device)
 
     def _whiten(self) -> tuple[Tensor, Tensor]:
@@ -198,10 +199,10 @@ class _Heads:
     def __init__(self, data: Data, temperature: float, folds: int, seed: int) -> None:
         self.data, self.temperature = data, temperature
         order = torch.from_numpy(np.random.default_rng([seed, folds]).permutation(len(data)))
-        self.fold = torch.empty(len(data), dtype=torch.int64)
-        self.fold[order] = torch.arange(len(data)) % folds
+        self.fold = torch.empty(len(data), dtype=torch.int32)
+        self.fold[order] = torch.arange(len(data), dtype=torch.int32) % folds
         self.fold = self.fold.to(data.labels.device)
-        self.seen = [(self.fold != fold).nonzero()[:, 0] for fold in range(folds)]
+        self.seen = [(self.fold != fold).nonzero()[:, 0].int() for fold in range(folds)]
         dim, classes, device = data.text.shape[1], data.classes, data.labels.device
         self.weight = torch.zeros(folds, dim, classes, device=device)  # on whitened features
         self.bias = torch.zeros(folds, classes, device=device)
@@ -225,25 +226,24 @@ class _Heads:
         label_columns = transition.T.contiguous()
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
-            size = min(BATCH, len(self.fold))
-            drawn = [torch.randint(len(seen), (size,), generator=generator).to(seen.device) for seen in self.seen]
-            rows = torch.stack([seen[some] for seen, some in zip(self.seen, drawn, strict=True)])
-            matrices, offsets = self._linear(*parameters)
-            posterior = (self.data.directions(rows) @ matrices + offsets[:, None]).softmax(dim=-1)
-            likelihood = (posterior * label_columns[self.data.labels[rows]]).sum(dim=-1)
-            prior = SHRINKAGE / len(self.seen[0]) * self.weight.square().sum()
-            loss = prior - likelihood.clamp(min=1e-9).log().mean(dim=1).sum()
             optimizer.zero_grad()
-            loss.backward()
+            size = min(BATCH, len(self.fold))
+            for number, seen in enumerate(self.seen):  # one by one, so that the logits of one head are held
+                rows = seen[torch.randint(len(seen), (size,), generator=generator).to(seen.device)]
+                matrix, offset = self._linear(*(each[number] for each in parameters))
+                posterior = (self.data.directions(rows) @ matrix + offset).softmax(dim=-1)
+                likelihood = (posterior * label_columns[self.data.labels[rows]]).sum(dim=-1)
+                prior = SHRINKAGE / len(self.seen[0]) * parameters[0][number].square().sum()
+                (prior - likelihood.clamp(min=1e-9).log().mean()).backward()
             optimizer.step()
             advance(1)
         for parameter in parameters:
             parameter.requires_grad_(False)
 
     def _linear(self, weight: Tensor, bias: Tensor, trust_in_prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """(F, D, C), (F, C): the heads as they act on directions."""
+        """(..., D, C), (..., C): heads as they act on directions."""
         head = self.data.whitening @ weight
-        zero_shot = self.data.text.T * (trust_in_prompts / self.temperature)[:, None]
+        zero_shot = self.data.text.T * (trust_in_prompts / self.temperature)[..., None, :]
         return head + zero_shot, bias - self.data.mean @ head
 
 
@@ -281,7 +281,9 @@ def _fitted_temperature(data: Data, transition: Tensor, seed: int) -> float:
 def _anchored_transition(data: Data, heads: _Heads) -> Tensor:
     """(C, C): the transition matrix, from the labels of the anchors."""
     anchors = _anchors(data, heads)
-    counts = one_hot(data.labels[anchors.T], data.classes).sum(dim=1).float()  # of anchors of z labelled y
+    pairs = torch.arange(data.classes, device=anchors.device) * data.classes + data.labels[anchors]
+    counts = torch.bincount(pairs.flatten(), minlength=data.classes**2)  # of anchors of z labelled y
+    counts = counts.view(data.classes, data.classes).float()
     return _without_chance(counts, torch.zeros_like(counts))
 
 
