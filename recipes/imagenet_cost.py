@@ -53,7 +53,7 @@ class Rates:
         encode: of CLIP's image tower.
         score: of the part of scoring that goes with the number of images, at 1,000 classes of 1,281.
         score_start: seconds of scoring that do not depend on the number of images.
-        select: of the exact solver under a quota for each class.
+        select: of the draw under a quota for each class.
         augment: of one process that decodes and augments for training.
         train: of forward, backward and update.
     """
@@ -212,7 +212,7 @@ def rates_of_selecting(*, features: int) -> tuple[float, float, float]:
         columns, labels=torch.arange(IMAGENET) % CLASSES, class_names=[f"class {number}" for number in range(CLASSES)]
     )
     start = seconds()
-    ss.select(scores, "0.5", balance="trusted", method="exact")  # coverage takes a time of its own for each class
+    ss.select(scores, "0.5")
     return rate, max(0.0, few - 2 * CLASS_SIZE / rate), IMAGENET / (seconds() - start)
 
 
