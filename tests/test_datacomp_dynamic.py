@@ -28,6 +28,12 @@ def test_survivors_are_those_of_the_features_in_memory(tmp_path, rounds):
     assert survivors(tmp_path / "pool", 0.25, rounds=rounds) == columns["uid"][kept].tolist()
 
 
+def test_small_steps_to_a_small_rest_leave_what_they_leave_in_memory(tmp_path):
+    columns = write_pool(tmp_path / "pool", [6000, 4000])
+    kept = norm_sim_dynamic(torch.from_numpy(columns["l14_img"]), 50, rounds=150).numpy()
+    assert survivors(tmp_path / "pool", 0.005, rounds=150) == columns["uid"][kept].tolist()
+
+
 def test_only_what_earlier_stages_left_is_the_target(tmp_path):
     columns = write_pool(tmp_path / "pool", [200, 150])
     similarity = columns["clip_l14_similarity_score"]
@@ -48,14 +54,17 @@ def test_blocks_threads_and_compression_change_nothing(tmp_path, monkeypatch, bl
 
 
 @settings(deadline=None, max_examples=30)
-@given(scores=st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=9, max_size=9), count=st.integers(1, 9))
+@given(
+    scores=st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.0 + 2**-30, 3.0]), min_size=9, max_size=9),
+    count=st.integers(1, 9),
+)
 def test_the_lowest_are_counted_out_and_of_equal_scores_the_higher_rows(tmp_path_factory, scores, count):
     folder = tmp_path_factory.mktemp("share")
     write_pool(folder, [4, 5], dim=2)
     share = dynamic._Share(
         open_pool(folder, members=["l14_img"]), dynamic.Run(folder), np.ones(9, dtype=bool), "l14_img", folder
     )
-    share.scores = {0: np.array(scores[:4], dtype=np.float32), 1: np.array(scores[4:], dtype=np.float32)}
+    share.scores = {0: np.array(scores[:4]), 1: np.array(scores[4:])}
     gone = share.lowest(count)
     expected = sorted(range(9), key=lambda row: (scores[row], -row))[:count]
     assert np.flatnonzero(np.concatenate([gone[0], gone[1]])).tolist() == sorted(expected)

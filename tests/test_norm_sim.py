@@ -78,6 +78,17 @@ def test_downdating_stays_with_the_definition_over_many_rounds(rounds):
     assert norm_sim_dynamic(features, 100, rounds=rounds).tolist() == survivors_by_definition(features, 100, rounds)
 
 
+@pytest.mark.parametrize(("samples", "dim", "k"), [(20_000, 16, 100), (4_000, 64, 20)])  # scores anew, downdated
+def test_of_many_samples_and_small_steps_exactly_the_definitions_survive(samples, dim, k):
+    features = random_features(samples, dim)
+    units, alive = normalize(features.double(), dim=1), torch.arange(samples)
+    for round_ in range(1, 401):
+        stay = samples - (samples - k) * round_ // 400
+        kept = (((x := units[alive]) @ (x.T @ x)) * x).sum(dim=1).topk(stay).indices
+        alive = alive[kept.sort().values]
+    assert torch.equal(norm_sim_dynamic(features, k, rounds=400), alive)
+
+
 def test_exact_ties_are_broken_by_the_seed_alone():
     features = torch.ones(100, 4)
     first = norm_sim_dynamic(features, 10, seed=3)

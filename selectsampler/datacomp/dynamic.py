@@ -22,15 +22,15 @@ from selectsampler.datacomp.pool import Pool, ShardError
 from selectsampler.datacomp.ranks import everyone, first_on_its_machine, from_first, split_by_size, total
 from selectsampler.datacomp.scorers import candidate_images
 from selectsampler.distributed import process_count, process_rank
+from selectsampler.optimizers.norm_sim_dynamic import double_units, squared_norm_sim_2
 from selectsampler.progress import progress_bar
-from selectsampler.scores.norm_sim import norm_sim_2, second_moment
 from selectsampler.scores.s_clip_loss import inverse_lengths
 from selectsampler.store import FORMAT, bytes_of, digest_json, read_tensors, replace_atomically, write_tensors
 
 __all__ = ["norm_sim_dynamic_of_pool"]
 
-BLOCK = 8192  # rows that are read and multiplied at once
-PIECE = 16 * BLOCK  # rows that a thread takes at once
+BLOCK = 2048  # rows that are read and multiplied at once, in float64
+PIECE = 64 * BLOCK  # rows that a thread takes at once
 ONE = 2.0**30  # what 1 is in a second moment of integers; an entry of 2^33 samples still fits
 KEEP_EVERY = 10  # rounds, what a kill costs at most
 
@@ -44,7 +44,7 @@ def norm_sim_dynamic_of_pool(
 
     As `optimizers.norm_sim_dynamic`, except that of equal scores the higher rows go first. The candidates' features are
     copied to the work folder, so that a round reads nothing but them; the page cache holds what fits into RAM. Its own
-    are 6 bytes a candidate, and some 64 MiB a thread. Every tenth round is kept.
+    are 10 bytes a candidate, and some 64 MiB a thread. Every tenth round is kept.
 
     Raises:
         ShrunkPoolError: on every rank, if a shard is broken.
@@ -108,7 +108,7 @@ class _Share:
         rows = [int(mask.sum()) for mask in self.masks]
         mine = split_by_size(rows, process_count())[process_rank()]
         self.alive = {number: np.ones(rows[number], dtype=bool) for number in mine if rows[number]}
-        self.scores = {number: np.empty(rows[number], dtype=np.float32) for number in self.alive}
+        self.scores = {number: np.empty(rows[number], dtype=np.float64) for number in self.alive}
 
     def extract(self) -> None:
         """Copy the candidates' features to files, which a run that goes on finds."""
@@ -154,7 +154,8 @@ class _Share:
 
         def add(piece: _Piece) -> None:
             for _, images in self._blocks(piece, rows[piece.shard]):
-                part = (second_moment(images) * ONE).round().to("cpu", torch.int64)
+                units = double_units(images)
+                part = (units.T @ units * ONE).round().to("cpu", torch.int64)
                 with lock:
                     moment.add_(part)
 
@@ -162,34 +163,34 @@ class _Share:
         return total(moment)
 
     def score(self, moment: Tensor) -> None:
-        """NormSim_2 of the survivors against their second moment."""
+        """The squares of NormSim_2 of the survivors against their second moment."""
         scale = (moment.double() / ONE).to(self.run.device)
 
         def score(piece: _Piece) -> None:
             alive, scores = self.alive[piece.shard], self.scores[piece.shard]
             for rows, images in self._blocks(piece, alive):
-                scores[rows][alive[rows]] = norm_sim_2(images, scale).cpu().numpy()
+                scores[rows][alive[rows]] = _rounded(squared_norm_sim_2(double_units(images), scale).cpu().numpy())
 
         self._side_by_side(score, self._pieces())
 
     def lowest(self, count: int) -> dict[int, np.ndarray]:
         """Which `count` survivors of all ranks score lowest; of equal scores, the higher rows.
 
-        Scores are not negative, so that their bits are in their order: the first 16 of the limit, then the last, come
-        from counts of what each rank has, instead of the scores themselves.
+        Scores are positive, everyone being a target of his own, so that their bits are in their order: three times 16
+        bits of the limit come from counts of what each rank has, instead of the scores themselves.
         """
-        bits = {number: scores.view(np.uint32) for number, scores in self.scores.items()}
-        high, below = self._digit(count, lambda number: bits[number][self.alive[number]] >> 16)
-        low, more = self._digit(
-            count - below, lambda number: (b := bits[number][self.alive[number]])[b >> 16 == high] & 0xFFFF
-        )
-        limit = np.uint32(high << 16 | low)
+        bits = {number: scores.view(np.uint64) for number, scores in self.scores.items()}
+        limit = below = 0
+        for shift in (48, 32, 16):
+            digit, fewer = self._digit(count - below, bits, shift, limit)
+            limit, below = limit << 16 | digit, below + fewer
+        limit <<= 16  # the last 16 are zero
         gone = {number: alive & (bits[number] < limit) for number, alive in self.alive.items()}
         ties = {number: np.flatnonzero(alive & (bits[number] == limit)) for number, alive in self.alive.items()}
         held = torch.zeros(len(self.pool.shards), dtype=torch.int64)
         for number, rows in ties.items():
             held[number] = len(rows)
-        stay = int(total(held).sum()) - (count - below - more)
+        stay = int(total(held).sum()) - (count - below)
         before = (held.cumsum(0) - held).tolist()
         for number, rows in ties.items():
             gone[number][rows[max(0, stay - before[number]) :]] = True
@@ -200,11 +201,14 @@ class _Share:
         for number, rows in gone.items():
             self.alive[number] &= ~rows
 
-    def _digit(self, count: int, digits: Callable[[int], np.ndarray]) -> tuple[int, int]:
-        """The 16 bits that the `count`-th lowest of all ranks has, and how many have lower ones."""
+    def _digit(self, count: int, bits: Mapping[int, np.ndarray], shift: int, above: int) -> tuple[int, int]:
+        """The 16 bits from `shift` on of the `count`-th lowest of all ranks' with those bits above them, and how many
+        have lower ones."""
         counts = np.zeros(2**16, dtype=np.int64)
-        for number in self.alive:
-            counts += np.bincount(digits(number), minlength=2**16)
+        for number, alive in self.alive.items():
+            digits = bits[number][alive] >> np.uint64(shift)
+            digits = digits[digits >> np.uint64(16) == above] if shift < 48 else digits
+            counts += np.bincount((digits & np.uint64(0xFFFF)).view(np.int64), minlength=2**16)
         counts = total(torch.from_numpy(counts)).numpy()
         reached = counts.cumsum()
         digit = int(np.searchsorted(reached, count))
@@ -254,6 +258,11 @@ class _Piece:
     shard: int
     first: int
     last: int
+
+
+def _rounded(scores: np.ndarray) -> np.ndarray:
+    """Without the last 16 bits, so that equal images score the same wherever they stand in a block."""
+    return ((scores.view(np.uint64) + np.uint64(2**15)) >> np.uint64(16) << np.uint64(16)).view(np.float64)
 
 
 def _checked(images: np.ndarray) -> Tensor:
