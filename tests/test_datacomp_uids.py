@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from functools import reduce
 
@@ -26,8 +27,10 @@ from selectsampler.datacomp import (
     parse_uids,
     read_uids,
     uid_files,
+    verify_uids,
     write_uids,
 )
+from selectsampler.datacomp import uids as uids_module
 
 FEW = [f"{number:032x}" for number in (0, 1, 2**63, 2**64 - 1, 2**64, 2**64 + 1, 2**127, 2**128 - 1)]
 uids_of_text = st.text("0123456789abcdef", min_size=32, max_size=32)
@@ -148,6 +151,41 @@ def test_a_merge_takes_less_memory_than_its_files(tmp_path):
     done = subprocess.run([sys.executable, "-c", MERGE_MEMORY, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 160  # the files hold 183 MiB, and took five times that
+
+
+def random_uids(count):
+    return np.random.default_rng(0).integers(0, 2**63, size=2 * count, dtype=np.uint64).view(UID)
+
+
+def test_the_sorted_blocks_of_a_file_are_not_open_one_by_one(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(uid_files, "BLOCK", 64)
+    uids = random_uids(2000)
+    np.save(tmp_path / "a.npy", uids)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as lowest_free:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free.fileno() + 12, limits[1]))
+    try:
+        assert np.array_equal(write_uids(tmp_path / "b.npy", uids), np.sort(uids))
+        assert verify_uids(tmp_path / "a.npy")["distinct"] == 2000
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("use", [verify_uids, lambda url: merge_uid_files([url, url], "merged.npy")])
+def test_a_remote_uid_file_is_not_held_in_memory(tmp_path, monkeypatch, use):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(uid_files, "BLOCK", 32_768)
+    monkeypatch.setattr(uids_module, "BLOCK", 32_768)
+    np.save(tmp_path / "a.npy", random_uids(1_200_000))
+    fsspec.filesystem("memory").put(str(tmp_path / "a.npy"), f"memory://{tmp_path.name}/a.npy")
+    (tmp_path / "a.npy").unlink()
+    tracemalloc.start()
+    use(f"memory://{tmp_path.name}/a.npy")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12_000_000  # the file has 19 million bytes
+    assert [path.name for path in tmp_path.iterdir() if path.suffix not in (".npy", ".json")] == []
 
 
 def test_duplicates_are_treated_as_asked(tmp_path):

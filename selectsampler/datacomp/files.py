@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
-__all__ = ["check_local", "digest_file", "file_system", "is_local", "is_url", "local_copy"]
+__all__ = ["check_local", "digest_file", "fetch", "file_system", "is_local", "is_url", "local_copy"]
 
 
 def file_system(path: str) -> tuple[Any, str]:
@@ -45,19 +46,25 @@ def local_copy(path: Path | str) -> Iterator[Path]:
     if not is_url(path):
         yield Path(path)
         return
-    fs, root = file_system(str(path))
-    if not fs.exists(root):
-        raise FileNotFoundError(f"There is no {path}.")
     with TemporaryDirectory() as folder:
-        copy = Path(folder) / Path(root).name
-        if fs.isdir(root):
-            copy.mkdir()
-            for file in fs.ls(root, detail=False):
-                if fs.isfile(file):
-                    fs.get_file(file, str(copy / Path(file).name))
-        else:
-            fs.get_file(root, str(copy))
-        yield copy
+        yield fetch(path, Path(folder))
+
+
+def fetch(url: Path | str, folder: Path) -> Path:
+    """Copy a remote file or flat folder into an existing folder, and say where it lies."""
+    fs, root = file_system(str(url))
+    if not fs.exists(root):
+        raise FileNotFoundError(f"There is no {url}.")
+    copy = folder / uuid4().hex / Path(root).name
+    copy.parent.mkdir()
+    if fs.isdir(root):
+        copy.mkdir()
+        for file in fs.ls(root, detail=False):
+            if fs.isfile(file):
+                fs.get_file(file, str(copy / Path(file).name))
+    else:
+        fs.get_file(root, str(copy))
+    return copy
 
 
 def digest_file(path: Path) -> str:

@@ -4,9 +4,11 @@ import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import numpy as np
 
@@ -78,7 +80,7 @@ def merge_uids(paths: Sequence[Path | str], how: str = "union") -> np.ndarray:
     """
     _check_merge(paths, how)
     with TemporaryDirectory() as folder:
-        runs = [_runs(map_uids(path), Path(folder)) for path in paths]
+        runs = [_runs(map_uids(path, Path(folder)), Path(folder)) for path in paths]
         return np.concatenate([np.empty(0, dtype=UID), *(np.repeat(*counted) for counted in _merged(runs, how))])
 
 
@@ -93,14 +95,14 @@ def merge_uid_files(
 
     >>> merge_uid_files(["ours.npy", "dfn.npy"], "both.npy", how="intersection")    # doctest: +SKIP
 
-    Sorted local files are read through memory maps; of one that is not sorted, sorted blocks are written beside the
-    output for as long as the merge takes. Beside the result comes `.json`: how, and the sha256 of each file; with
-    `keys` also `.keys.txt`, every uid once.
+    Files are read through memory maps; of a remote one a copy, and of one that is not sorted its sorted blocks, lie
+    beside the output for as long as the merge takes. Beside the result comes `.json`: how, and the sha256 of each file;
+    with `keys` also `.keys.txt`, every uid once.
     """
     _check_merge(paths, how)
     check_output(output)
     with _runs_folder(Path(output)) as folder:
-        runs = [_runs(map_uids(path), folder) for path in paths]
+        runs = [_runs(map_uids(path, folder), folder) for path in paths]
         digests = {name: digest for path in paths for name, digest in digests_of(path).items()}
         return _write(Path(output), _merged(runs, how), {"merge": how, "sha256": digests}, keys=keys)
 
@@ -141,19 +143,27 @@ def _runs_folder(path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _runs(uids: np.ndarray, folder: Path) -> list[np.ndarray]:
-    """The same uids in pieces that are each sorted: themselves if they are, else blocks, on disk if there are many."""
+@dataclass(frozen=True)
+class _Stretch:
+    """Uids `first` to `last` of an array, which are sorted."""
+
+    uids: np.ndarray
+    first: int
+    last: int
+
+
+def _runs(uids: np.ndarray, folder: Path) -> list[_Stretch]:
+    """The same uids in stretches that are each sorted: all if they are, else blocks, on disk if there are many."""
     if first_unsorted(uids) is None:
-        return [uids]
+        return [_Stretch(uids, 0, len(uids))]
     if len(uids) <= BLOCK:
-        return [sort_uids(block_of(uids, 0, len(uids)))]
-    runs: list[np.ndarray] = []
-    number = len(list(folder.iterdir()))
-    for first in range(0, len(uids), BLOCK):
-        path = folder / f"{number + len(runs)}.npy"
-        np.save(path, sort_uids(block_of(uids, first, min(first + BLOCK, len(uids)))))
-        runs.append(np.load(path, mmap_mode="r"))
-    return runs
+        return [_Stretch(sort_uids(block_of(uids, 0, len(uids))), 0, len(uids))]
+    blocks = [(first, min(first + BLOCK, len(uids))) for first in range(0, len(uids), BLOCK)]
+    with (folder / f"{uuid4().hex}.blocks").open("xb") as file:  # one for all: a process may not open thousands
+        for first, last in blocks:
+            sort_uids(block_of(uids, first, last)).tofile(file)
+    mapped = np.memmap(file.name, UID, "r", shape=(len(uids),))
+    return [_Stretch(mapped, first, last) for first, last in blocks]
 
 
 Counted = tuple[np.ndarray, np.ndarray]
@@ -163,13 +173,13 @@ Counted = tuple[np.ndarray, np.ndarray]
 class _Run:
     """Sorted uids that are taken once, from the lowest on; `window` is what comes next of them."""
 
-    def __init__(self, uids: np.ndarray, size: int) -> None:
-        self.uids, self.size, self.place = uids, size, 0
+    def __init__(self, stretch: _Stretch, size: int) -> None:
+        self.uids, self.place, self.last, self.size = stretch.uids, stretch.first, stretch.last, size
         self._read()
 
     def end_of_window(self) -> np.void | None:
         """The last uid that was read, or None where it is the last of all."""
-        return self.window[-1] if self.place + len(self.window) < len(self.uids) else None
+        return self.window[-1] if self.place + len(self.window) < self.last else None
 
     def take(self, limit: np.void | None) -> np.ndarray:
         """Everything up to the limit, which may reach beyond the window if it repeats there; None: all."""
@@ -185,13 +195,13 @@ class _Run:
         return np.concatenate(taken) if taken else self.window
 
     def _read(self) -> None:
-        self.window = block_of(self.uids, self.place, min(self.place + self.size, len(self.uids)))
+        self.window = block_of(self.uids, self.place, min(self.place + self.size, self.last))
 
 
-def _merged(files: Sequence[Sequence[np.ndarray]], how: str) -> Iterator[Counted]:
+def _merged(files: Sequence[Sequence[_Stretch]], how: str) -> Iterator[Counted]:
     """Files, each of one or several sorted runs, merged block by block in the order of uids."""
     size = max(1, BLOCK // sum(len(runs) for runs in files))
-    opened = [[_Run(uids, size) for uids in runs] for runs in files]
+    opened = [[_Run(stretch, size) for stretch in runs] for runs in files]
     everything = [run for runs in opened for run in runs]
     while any(len(run.window) for run in everything):
         # up to the lowest end of a window that more follows, so that no uid comes in two blocks

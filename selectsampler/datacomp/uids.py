@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from selectsampler.datacomp.files import is_url, local_copy
+from selectsampler.datacomp.files import fetch, is_url, local_copy
 
 __all__ = [
     "UID",
@@ -132,15 +132,23 @@ def map_sorted_uids(path: Path | str, *, sort: bool = False) -> np.ndarray:
     return uids if place is None else sort_uids(np.asarray(uids))
 
 
-def map_uids(path: Path | str) -> np.ndarray:
-    """(n,), `UID`: what a uid file holds, in its order: a memory map of a local file, a copy of a remote one.
+def map_uids(path: Path | str, folder: Path | None = None) -> np.ndarray:
+    """(n,), `UID`: what a uid file holds, in its order: a memory map of a local file or of a copy that is fetched.
+
+    Args:
+        path: local, or any fsspec URL.
+        folder: where the copy of a remote file stays; without one it is read into memory.
 
     Raises:
         ValueError: if the file holds something else.
     """
     try:
-        with local_copy(path) as local:
-            uids = np.load(local, mmap_mode=None if is_url(path) else "r", allow_pickle=False)
+        if is_url(path) and folder is None:
+            with local_copy(path) as local:
+                uids = np.load(local, allow_pickle=False)
+        else:
+            local = fetch(path, folder) if is_url(path) and folder is not None else Path(path)
+            uids = np.load(local, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is no uid file: it cannot be read as an array ({error}).") from None
     if not isinstance(uids, np.ndarray) or uids.dtype != UID or uids.ndim != 1:

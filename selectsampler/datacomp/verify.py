@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -58,15 +59,17 @@ def verify_uids(path: Path | str) -> dict[str, Any]:
     Returns:
         {"uids", "distinct", "most_repeated", "problems": [sentences]}; without problems it is fit to train on.
     """
-    try:
-        uids = map_uids(path)
-    except ValueError as error:
-        return {"uids": 0, "distinct": 0, "most_repeated": 0, "problems": [str(error)]}
     problems = []
-    place = first_unsorted(uids)
-    if place is not None:
-        problems.append(f"It is not sorted: entry {place} is lower than the one before it. Readers would lose samples.")
-    distinct, most = count_uids(uids)
+    with TemporaryDirectory() as folder:
+        try:
+            uids = map_uids(path, Path(folder))
+        except ValueError as error:
+            return {"uids": 0, "distinct": 0, "most_repeated": 0, "problems": [str(error)]}
+        place = first_unsorted(uids)
+        if place is not None:
+            problem = f"It is not sorted: entry {place} is lower than the one before it. Readers would lose samples."
+            problems.append(problem)
+        distinct, most = count_uids(uids)
     return {"uids": len(uids), "distinct": distinct, "most_repeated": most, "problems": problems}
 
 
