@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from selectsampler.datacomp import (
+    UID,
     Pool,
     ShardError,
     Stage,
@@ -36,6 +37,7 @@ from selectsampler.datacomp import dynamic as dynamic_module
 from selectsampler.datacomp import pool as pool_module
 from selectsampler.datacomp import scoring as scoring_module
 from selectsampler.datacomp import uid_files as uid_files_module
+from selectsampler.datacomp import uids as uids_module
 from selectsampler.datacomp.filtering import choose
 from selectsampler.datacomp.scoring import Run, group_shards, score_s_clip_loss
 from selectsampler.scores import norm_sim, s_clip_loss
@@ -388,6 +390,49 @@ def test_only_what_stands_in_another_filters_file_is_kept(tmp_path):
     )
     similarity = np.where(np.arange(180) % 2, -1, columns["clip_l14_similarity_score"])
     assert set(format_uids(kept.uids)) == set(columns["uid"][np.argsort(-similarity)[:54]])
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_unsorted_file_of_another_filter_is_sorted_on_disk(tmp_path, monkeypatch, remote):
+    monkeypatch.setattr(uid_files_module, "BLOCK", 16_384)
+    monkeypatch.setattr(uids_module, "BLOCK", 16_384)
+    columns = write_pool(tmp_path / "pool", [100, 80])
+    others = np.random.default_rng(0).integers(2**62, 2**63, size=2_000_000, dtype=np.uint64).view(UID)
+    path = str(tmp_path / "dfn.npy")
+    np.save(path, np.concatenate([others, open_uids(columns["uid"][::-2])]))
+    if remote:
+        fsspec.filesystem("memory").put(path, f"memory://{tmp_path.name}/dfn.npy")
+        path = f"memory://{tmp_path.name}/dfn.npy"
+    tracemalloc.start()
+    stages, work = [Stage("clip-score", threshold=-1)], tmp_path / "work"
+    kept = filter_pool(tmp_path / "pool", stages, within=path, **SMALL, work=work)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert format_uids(kept.uids) == columns["uid"][1::2].tolist()
+    assert peak < 13_000_000  # of the file's 16 million bytes, or 40 million where it is sorted in memory
+    assert [path.suffix for path in work.iterdir() if path.suffix != ".safetensors"] == []
+
+
+def uids_cut_short(path):
+    np.save(path, np.zeros(99, dtype=UID))
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: None, r"There is no .*dfn.npy"),
+        (lambda path: path.write_bytes(b"junk" * 50), "cannot be read as an array"),
+        (lambda path: np.save(path, np.zeros(9)), r"holds float64 of shape \(9,\)"),
+        (uids_cut_short, "cut short, 5 bytes are missing"),
+    ],
+)
+def test_a_wrong_file_of_another_filter_is_told_before_uids_are_read(tmp_path, write, message):
+    write_pool(tmp_path / "pool", [60, 40])
+    write(tmp_path / "dfn.npy")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        filter_pool(tmp_path / "pool", CLIP, within=tmp_path / "dfn.npy", **SMALL, work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def open_uids(strings: np.ndarray) -> np.ndarray:

@@ -15,15 +15,15 @@ import torch.distributed as dist
 from selectsampler import __version__
 from selectsampler.datacomp.dynamic import norm_sim_dynamic_of_pool
 from selectsampler.datacomp.files import check_local
-from selectsampler.datacomp.parts import Run, ShrunkPoolError, check_uids, score_by_shard
+from selectsampler.datacomp.parts import Run, ShrunkPoolError, check_uids, score_by_shard, sweep
 from selectsampler.datacomp.pool import Pool, Shard, ShardError, open_pool
 from selectsampler.datacomp.ranks import first_on_its_machine, from_first, join
 from selectsampler.datacomp.scorers import check_inputs, scorer_of
 from selectsampler.datacomp.scoring import score_s_clip_loss
 from selectsampler.datacomp.stages import MASKS, Stage, check_available, check_keeps
 from selectsampler.datacomp.targets import digests_of
-from selectsampler.datacomp.uid_files import DUPLICATES, check_output, write_uids
-from selectsampler.datacomp.uids import UID, contains, map_sorted_uids
+from selectsampler.datacomp.uid_files import DUPLICATES, check_output, sorted_map, write_uids
+from selectsampler.datacomp.uids import UID, contains
 from selectsampler.distributed import process_rank
 from selectsampler.scores.s_clip_loss import check_temperature
 from selectsampler.store import digest_json
@@ -124,7 +124,7 @@ def filter_pool(
     try:
         pool = _open(folder, stages, arch, skip_broken=skip_broken)
         check_keeps(stages, pool.rows)
-        check_inputs(pool, stages, arch)
+        check_inputs(pool, stages, arch, within)
         filtered = _Filtering(run, arch, s_clip_loss, within).of_whole_shards(pool, stages, skip_broken=skip_broken)
 
         def write() -> None:
@@ -207,14 +207,23 @@ class _Filtering:
         return lambda: _best(stage, count, scores, candidates, details)
 
     def _within(self, pool: Pool, candidates: np.ndarray, path: Path | str) -> "Decision":
-        allowed = map_sorted_uids(path, sort=True)
+        digest = digest_json(list(digests_of(path).values()))
+        name = f"scratch-{digest[:16]}"
+        scratch = self.run.work / f"{name}-{process_rank()}"
 
         def compute(shard: Shard, mask: np.ndarray) -> np.ndarray:
             blocks = [contains(allowed, block["uid"]) > 0 for block in pool.columns(shard, ["uid"])]
             return np.concatenate(blocks).astype(np.float32)
 
-        key = ["within", digest_json(list(digests_of(path).values()))]
-        scores = score_by_shard(pool, self.run, candidates, compute, key=key, description="within")
+        try:
+            scratch.mkdir(parents=True, exist_ok=True)
+            allowed = sorted_map(path, scratch)
+            key = ["within", digest]
+            scores = score_by_shard(pool, self.run, candidates, compute, key=key, description="within")
+        finally:
+            rmtree(scratch, ignore_errors=True)
+        if first_on_its_machine():
+            sweep(self.run, [name], [])  # what a killed run of more ranks left
         return lambda: (_held(scores) > 0, {})
 
 

@@ -1,6 +1,7 @@
 """Scores of one shard's candidates, for the stages that need nothing of other shards."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from selectsampler.datacomp.pool import Pool, Shard, ShardError
 from selectsampler.datacomp.scoring import first_without_direction
 from selectsampler.datacomp.stages import Stage
 from selectsampler.datacomp.targets import read_centroids, read_fitting_target, read_words
+from selectsampler.datacomp.uids import check_uid_file
 from selectsampler.scores.norm_sim import norm_sim, norm_sim_2, second_moment
 from selectsampler.store import digest_tensors
 
@@ -27,8 +29,10 @@ def scorer_of(pool: Pool, stage: Stage, arch: str, device: torch.device) -> tupl
     return compute, [stage.score, *key]
 
 
-def check_inputs(pool: Pool, stages: Sequence[Stage], arch: str) -> None:
+def check_inputs(pool: Pool, stages: Sequence[Stage], arch: str, within: Path | str | None) -> None:
     """Read what the stages will read beside the pool, and let it go, so that its faults show before the first part."""
+    if within is not None:
+        check_uid_file(within)
     for stage in stages:
         if stage.score == "text-based":
             read_words(str(stage.target))

@@ -17,7 +17,7 @@ from selectsampler.datacomp.targets import digests_of
 from selectsampler.datacomp.uids import UID, block_of, first_unsorted, format_uids, map_uids, order_of, sort_uids
 from selectsampler.store import replace_atomically
 
-__all__ = ["DUPLICATES", "check_output", "count_uids", "merge_uid_files", "merge_uids", "write_uids"]
+__all__ = ["DUPLICATES", "check_output", "count_uids", "merge_uid_files", "merge_uids", "sorted_map", "write_uids"]
 
 DUPLICATES = ("keep", "drop", "refuse")
 BLOCK = 2**19  # uids of all files that are sorted or merged at once, at some 200 bytes each
@@ -105,6 +105,14 @@ def merge_uid_files(
         runs = [_runs(map_uids(path, folder), folder) for path in paths]
         digests = {name: digest for path in paths for name, digest in digests_of(path).items()}
         return _write(Path(output), _merged(runs, how), {"merge": how, "sha256": digests}, keys=keys)
+
+
+def sorted_map(path: Path | str, folder: Path) -> np.ndarray:
+    """(n,), `UID`: a memory map of a uid file, or of a copy in the folder where it is remote or not sorted."""
+    uids = map_uids(path, folder)
+    if first_unsorted(uids) is None:
+        return uids
+    return write_uids(folder / "sorted.npy", uids)
 
 
 def count_uids(uids: np.ndarray) -> tuple[int, int]:

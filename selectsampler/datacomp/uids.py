@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from selectsampler.datacomp.files import fetch, is_url, local_copy
+from selectsampler.datacomp.files import fetch, file_system, is_url, local_copy
 
 __all__ = [
     "UID",
     "UidFilter",
     "block_of",
+    "check_uid_file",
     "contains",
     "first_unsorted",
     "format_uids",
@@ -151,10 +152,38 @@ def map_uids(path: Path | str, folder: Path | None = None) -> np.ndarray:
             uids = np.load(local, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is no uid file: it cannot be read as an array ({error}).") from None
-    if not isinstance(uids, np.ndarray) or uids.dtype != UID or uids.ndim != 1:
-        found = f"{uids.dtype} of shape {uids.shape}" if isinstance(uids, np.ndarray) else "several arrays"
-        raise ValueError(f"{path} is no uid file: it holds {found}, but uids are {UID} of shape (n,).")
+    if not isinstance(uids, np.ndarray):
+        raise ValueError(f"{path} is no uid file: it holds several arrays, but uids are {UID} of shape (n,).")
+    _check_kind(path, uids.dtype, uids.shape)
     return uids
+
+
+def check_uid_file(path: Path | str) -> None:
+    """Refuse what is no uid file, by its header and its size alone.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file holds something else.
+    """
+    fs, root = file_system(str(path))
+    if not fs.isfile(root):
+        raise FileNotFoundError(f"There is no {path}.")
+    with fs.open(root, "rb") as file:
+        try:
+            major = np.lib.format.read_magic(file)[0]
+            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is no uid file: it cannot be read as an array ({error}).") from None
+        _check_kind(path, dtype, shape)
+        missing = file.tell() + shape[0] * dtype.itemsize - fs.size(root)
+    if missing > 0:
+        raise ValueError(f"{path} is no uid file: it is cut short, {missing} bytes are missing. Fetch it again.")
+
+
+def _check_kind(path: Path | str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    if dtype != UID or len(shape) != 1:
+        raise ValueError(f"{path} is no uid file: it holds {dtype} of shape {shape}, but uids are {UID} of shape (n,).")
 
 
 def block_of(uids: np.ndarray, first: int, last: int) -> np.ndarray:
