@@ -274,6 +274,20 @@ def test_a_run_that_died_goes_on_where_it_was(tmp_path, monkeypatch):
     assert total <= len(batches) <= total + 3  # what was finished is not computed again
 
 
+@pytest.mark.parametrize("score", ["s-clip-loss", "clip-score", "norm-sim-dynamic"])
+def test_parts_that_were_damaged_are_computed_anew(tmp_path, monkeypatch, score):
+    write_pool(tmp_path / "pool", [200, 150], deflated=True)
+    stages, work = [Stage(score, keep="0.3", rounds=20 if score == "norm-sim-dynamic" else None)], tmp_path / "work"
+    options = SMALL | {"work": work, "scratch": work / "scratch"}
+    with monkeypatch.context() as killed:
+        killed.setattr(dynamic_module, "sweep", lambda *_: None)
+        expected = filter_pool(tmp_path / "pool", stages, **options)
+    for number, path in enumerate(sorted(path for path in work.rglob("*") if path.is_file())):
+        path.write_bytes(path.read_bytes()[:-1] if number % 2 else b"")
+    again = filter_pool(tmp_path / "pool", stages, **options)
+    assert np.array_equal(again.uids, expected.uids)
+
+
 def test_changed_arguments_or_files_are_computed_anew(tmp_path):
     write_pool(tmp_path / "pool", [200, 150])
     work = {"work": tmp_path / "work"}
@@ -413,6 +427,17 @@ def test_an_unsorted_file_of_another_filter_is_sorted_on_disk(tmp_path, monkeypa
     assert [path.suffix for path in work.iterdir() if path.suffix != ".safetensors"] == []
 
 
+@pytest.mark.parametrize("score", ["s-clip-loss", "norm-sim-dynamic"])
+def test_where_another_filter_left_too_few_it_is_named_before_anything_is_scored(tmp_path, monkeypatch, score):
+    columns = write_pool(tmp_path / "pool", [100])
+    write_uids(tmp_path / "dfn.npy", open_uids(columns["uid"][:20]))
+    monkeypatch.setattr(scoring_module, "s_clip_loss_of_batch", None)  # not reached
+    with pytest.raises(ValueError, match=r"30 samples are asked for, but .*dfn.npy \(within\) .* left 20"):
+        filter_pool(
+            tmp_path / "pool", [Stage(score, keep=0.3)], within=tmp_path / "dfn.npy", **SMALL, work=tmp_path / "w"
+        )
+
+
 def uids_cut_short(path):
     np.save(path, np.zeros(99, dtype=UID))
     path.write_bytes(path.read_bytes()[:-5])
@@ -490,7 +515,8 @@ def test_a_caption_that_is_null_counts_as_an_empty_one(tmp_path):
         ({"score": "basic", "keep": 0.2}, "neither keep nor threshold"),
         ({"score": "image-based", "target": "t.npy"}, "needs centroids"),
         ({"score": "clip-score", "keep": "1/0"}, "keep is '1/0'"),
-        ({"score": "clip-score", "threshold": np.nan}, "threshold is NaN"),
+        ({"score": "clip-score", "threshold": np.nan}, "threshold is nan"),
+        ({"score": "clip-score", "threshold": -np.inf}, "threshold is -inf, but must be finite"),
         ({"score": "s-clip-loss", "keep": 0.2, "target": "t.npy"}, "s-clip-loss takes no target"),
         ({"score": "s-clip-loss", "keep": 0.2, "centroids": "c.npy"}, "s-clip-loss takes no centroids"),
         ({"score": "clip-score", "keep": 0.2, "p": 2}, "clip-score takes no p"),

@@ -175,6 +175,14 @@ def test_uids_may_be_any_strings_that_can_be_filtered(tmp_path, kind):
     assert format_uids(np.concatenate(blocks)) == expected.tolist()
 
 
+@pytest.mark.parametrize("tolerance", [np.nan, np.inf, -1])
+def test_a_tolerance_that_would_pass_everything_or_nothing_is_refused(tmp_path, tolerance):
+    write_pool(tmp_path, [20])
+    with pytest.raises(ValueError, match=f"tolerance is {tolerance}"):
+        verify_pool(tmp_path, tolerance=tolerance)
+    assert verify_pool(tmp_path, tolerance=0.01)["problems"] == {}
+
+
 def test_hidden_files_are_no_shards(tmp_path):
     write_pool(tmp_path, [20])
     for suffix in ("parquet", "npz"):

@@ -205,6 +205,12 @@ def test_provenance_and_keys_lie_beside_the_file(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.keys.txt", "a.npy"]
 
 
+def test_provenance_is_json_or_refused(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_uids(tmp_path / "a.npy", parse_uids(FEW), provenance={"threshold": np.inf})
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_of_another_uid_file_stays_beside_the_one_that_is_written(tmp_path):
     beside = [tmp_path / "a.json", tmp_path / "a.keys.txt"]
     for provenance, keys in (({}, False), (None, True), (None, False)):
@@ -248,6 +254,21 @@ def test_wrong_requests_are_named(tmp_path):
         write_uids(tmp_path / "a.npy", np.zeros(3))
     with pytest.raises(ValueError, match="duplicates is 'some'"):
         write_uids(tmp_path / "a.npy", parse_uids(FEW), duplicates="some")
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "dir.npy").mkdir()
+    (tmp_path / "file").touch()
+    np.save(tmp_path / "a.npy", parse_uids(FEW))
+    with pytest.raises(ValueError, match=r"dir.npy/ is a folder"):
+        merge_uid_files([tmp_path / "a.npy"], f"{tmp_path}/dir.npy/", keys=True)
+    with pytest.raises(ValueError, match="file is no folder"):
+        merge_uid_files([tmp_path / "a.npy"], tmp_path / "file" / "b.npy")
+    with monkeypatch.context() as patch:  # the superuser may write everywhere
+        patch.setattr(os, "access", lambda path, mode: path != tmp_path)
+        with pytest.raises(ValueError, match="a folder that may not be written to"):
+            merge_uid_files([tmp_path / "a.npy"], tmp_path / "new" / "b.npy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "dir.npy", "file"]
 
 
 def test_contains_counts():

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selectsampler.datacomp.files import is_of_size
 from selectsampler.datacomp.parts import Run, ShrunkPoolError, one_thread_each, sweep
 from selectsampler.datacomp.pool import Pool, ShardError
 from selectsampler.datacomp.ranks import everyone, first_on_its_machine, from_first, split_by_size, total
@@ -235,9 +236,9 @@ class _Share:
         return self.folder / self.pool.shards[number].name
 
     def _copy(self, number: int) -> None:
-        if self._file(number).exists():
-            return
         shard = self.pool.shards[number]
+        if is_of_size(self._file(number), len(self.alive[number]) * shard.members[self.member].row_bytes):
+            return
         with replace_atomically(self._file(number)) as file:
             for images in candidate_images(self.pool, shard, self.member, self.masks[number], _checked):
                 file.write(bytes_of(images))
@@ -272,9 +273,10 @@ def _checked(images: np.ndarray) -> Tensor:
 
 
 def _read_state(path: Path) -> _State | None:
-    if not path.exists():
+    try:
+        tensors = read_tensors(path, kind="pool part")[0]
+    except (FileNotFoundError, ValueError):  # a damaged state counts as none
         return None
-    tensors = read_tensors(path, kind="pool part")[0]
     return _State(int(tensors["round"]), tensors["alive"].numpy(), tensors["moment"])
 
 

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-__all__ = ["check_local", "digest_file", "fetch", "file_system", "is_local", "is_url", "local_copy"]
+__all__ = ["check_local", "digest_file", "fetch", "file_system", "is_local", "is_of_size", "is_url", "local_copy"]
 
 
 def file_system(path: str) -> tuple[Any, str]:
@@ -27,6 +27,11 @@ def is_local(fs: Any) -> bool:
     from fsspec.implementations.local import LocalFileSystem
 
     return isinstance(fs, LocalFileSystem)
+
+
+def is_of_size(path: Path, size: int) -> bool:
+    """Whether there is a file of so many bytes."""
+    return path.is_file() and path.stat().st_size == size
 
 
 def is_url(path: Path | str) -> bool:

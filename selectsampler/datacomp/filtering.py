@@ -170,6 +170,7 @@ class _Filtering:
             candidates = _agreed(self._within(pool, candidates, self.within), described, inputs, records, pool.rows)
         for stage in stages:
             inputs = [path for path in (stage.target, stage.centroids) if path is not None]
+            self._check_left(stage, pool.rows, candidates)
             candidates = _agreed(self._kept(pool, stage, candidates), stage.described(), inputs, records, pool.rows)
         uids = _uids_of(pool, candidates)
         if uids is None:
@@ -187,12 +188,17 @@ class _Filtering:
         }
         return Filtered(uids, provenance)
 
+    def _check_left(self, stage: Stage, rows: int, candidates: np.ndarray) -> None:
+        """Refuse now, and not after all is scored, what another filter's file or a threshold left too few of."""
+        count = stage.count(rows)
+        if count is not None:
+            left_by = "the stages before" if self.within is None else f"{self.within} (within) and the stages before"
+            check_available(count, int(candidates.sum()), left_by=left_by)
+
     def _kept(self, pool: Pool, stage: Stage, candidates: np.ndarray) -> "Decision":
         """How rank 0 finds which candidates a stage keeps; what takes all ranks is done when this returns."""
         count = stage.count(pool.rows)
         if stage.score == "norm-sim-dynamic":
-            available = int(candidates.sum())
-            check_available(count or 0, available)
             survivors = norm_sim_dynamic_of_pool(
                 pool, self.run, candidates, count or 0, member=stage.members(self.arch)[0], rounds=stage.rounds or 1
             )

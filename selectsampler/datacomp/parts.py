@@ -212,7 +212,15 @@ def _path(run: Run, name: str) -> Path:
 
 
 def _present(run: Run, parts: Sequence[Part]) -> set[str]:
-    return {part.name for part in parts if _path(run, part.name).exists()}
+    return {part.name for part in parts if _readable(run, part.name)}
+
+
+def _readable(run: Run, name: str) -> bool:
+    try:
+        read_part(run, name)
+    except (FileNotFoundError, ValueError):  # a damaged part is made anew
+        return False
+    return True
 
 
 def read_part(run: Run, name: str) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from selectsampler.datacomp.files import is_of_size
 from selectsampler.datacomp.parts import Part, Room, Run, compute_parts, read_part, sweep
 from selectsampler.datacomp.pool import Pool, Shard, ShardError
 from selectsampler.datacomp.ranks import first_on_its_machine
@@ -151,7 +152,8 @@ class _Group:
 
     def _inflate(self, shard: Shard, member: str) -> None:
         path = self._inflated(shard, member)
-        if path is not None and not path.exists():
+        header = shard.members[member]
+        if path is not None and not is_of_size(path, header.rows * header.row_bytes):
             self.pool.inflate(shard, member, path)
 
     def assemble(self, parts: Sequence[Part]) -> np.ndarray:

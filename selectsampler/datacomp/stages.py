@@ -60,8 +60,8 @@ class Stage:
             raise ValueError(f"{self.score} needs either keep, a fraction of the pool, or threshold, a lowest score.")
         if self.keep is not None and not 0 <= _fraction(self.keep) <= 1:
             raise ValueError(f"keep is {self.keep}, but it must be a fraction of the pool in [0, 1].")
-        if self.threshold is not None and math.isnan(self.threshold):
-            raise ValueError("threshold is NaN, which no score reaches: give the lowest score to keep.")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold is {self.threshold}, but must be finite: give the lowest score to keep.")
 
     def _check_inputs(self) -> None:
         if self.target is not None and self.score not in TARGETED:
@@ -122,12 +122,12 @@ def check_keeps(stages: Sequence[Stage], rows: int) -> None:
             available = count
 
 
-def check_available(count: int, available: int) -> None:
+def check_available(count: int, available: int, *, left_by: str = "the stages before") -> None:
     """A stage can keep no more than its predecessors left."""
     if count > available:
         raise ValueError(
-            f"{count} samples are asked for, but the stages before left {available}. Fractions are of the whole "
-            "pool, so they must not grow from stage to stage."
+            f"{count} samples are asked for, but {left_by} left {available}. Fractions are of the whole pool, also of "
+            "what is left of it: ask for fewer."
         )
 
 

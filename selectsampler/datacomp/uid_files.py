@@ -1,6 +1,7 @@
 """Uid files written, sorted and merged in blocks: RAM does not grow with them."""
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -128,11 +129,20 @@ def check_output(path: Path | str) -> None:
     """Refuse, before any work is done, what no uid file can be written as.
 
     Raises:
-        ValueError: if it is a URL, or does not end in `.npy`.
+        ValueError: if it is a URL or a folder, does not end in `.npy`, or its folder cannot be written to.
     """
     check_local(path, name="output")
     if Path(path).suffix != ".npy":
         raise ValueError(f"{path}: a uid file is written as .npy, or numpy would add it to the name.")
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder, but the uid file is written there: give another name.")
+    above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: {above} is {_hindrance(above)}.")
+
+
+def _hindrance(above: Path) -> str:
+    return "a folder that may not be written to" if above.is_dir() else "no folder"
 
 
 def _check_merge(paths: Sequence[Path | str], how: str) -> None:
@@ -267,7 +277,7 @@ def _write(path: Path, blocks: Iterable[Counted], provenance: Mapping[str, Any] 
         if provenance is not None:
             with replace_atomically(path.with_suffix(".json")) as beside:
                 described = {**provenance, "written": total}
-                beside.write((json.dumps(described, indent=1, sort_keys=True) + "\n").encode())
+                beside.write((json.dumps(described, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
         for suffix, written in ((".json", provenance is not None), (".keys.txt", keys)):
             if not written:
                 path.with_suffix(suffix).unlink(missing_ok=True)

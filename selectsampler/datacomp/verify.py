@@ -1,5 +1,6 @@
 """Checks of what others made: do a pool's similarities follow from its embeddings, is a uid file fit to search?"""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,8 +43,11 @@ def verify_pool(
         "problems": {"shard (arch)": sentence}}.
 
     Raises:
-        ValueError: if no shard can be used, or arch is not given and no npz holds embeddings of a known one.
+        ValueError: if tolerance is negative or not finite, no shard can be used, or arch is not given and no npz holds
+            embeddings of a known one.
     """
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance is {tolerance}, but it must be a finite number of at least 0.")
     report: dict[str, Any] = {"rows": 0, "archs": {}, "problems": {}}
     for one in [arch] if arch is not None else archs_of(folder):
         rows, shards, problems = _verify_arch(folder, one, tolerance, threads, progress=progress)
