@@ -58,7 +58,18 @@ def test_verify_compares_similarities_with_embeddings(pool, capsys):
     os.replace(pool.parent / "other" / "s1.npz", pool / "s1.npz")
     assert len(other["uid"]) == 500
     assert main(["datacomp", "verify", str(pool)]) == 1
-    assert "s1 (l14): clip_l14_similarity_score differs" in capsys.readouterr().err
+    assert "has a problem: s1 (l14): clip_l14_similarity_score differs" in capsys.readouterr().err
+    for name in ("s0", "s1"):
+        columns = made_columns(30, 16, np.random.default_rng(0))
+        columns["l14_img"][7] = 0
+        write_shard(pool, name, columns)
+    assert main(["datacomp", "verify", str(pool)]) == 1
+    assert "has 2 problems, the first: s0 (l14): l14_img[7] is zero" in capsys.readouterr().err
+    content = bytearray((pool / "s3.npz").read_bytes())
+    content[3000] ^= 1
+    (pool / "s3.npz").write_bytes(content)
+    assert main(["datacomp", "verify", str(pool)]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"]["s3 (l14)"].startswith("l14_img cannot be read (Bad CRC")
 
 
 def test_verify_looks_at_every_model_unless_told(tmp_path, capsys):
@@ -70,7 +81,7 @@ def test_verify_looks_at_every_model_unless_told(tmp_path, capsys):
     assert main(["datacomp", "verify", str(tmp_path)]) == 1
     told = capsys.readouterr()
     assert list(json.loads(told.out)["archs"]) == ["b32", "l14"]
-    assert "has 1 problems. s0 (b32): clip_b32_similarity_score differs" in told.err
+    assert "has a problem: s0 (b32): clip_b32_similarity_score differs" in told.err
     assert main(["datacomp", "verify", str(tmp_path), "--arch", "l14"]) == 0
     np.savez(tmp_path / "s0.npz", other=columns["l14_img"])
     assert main(["datacomp", "verify", str(tmp_path)]) == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -497,6 +498,8 @@ def test_a_caption_that_is_null_counts_as_an_empty_one(tmp_path):
     texts = np.array(["a photo of things", None] * 20, dtype=object)
     write_shard(tmp_path / "pool", "s0", columns | {"text": texts})
     (tmp_path / "words.txt").write_text("photo\n")
+    empty = made_columns(30, 16, np.random.default_rng(1)) | {"text": pyarrow.nulls(30)}
+    write_shard(tmp_path / "pool", "s1", empty)
     for stage in (Stage("basic"), Stage("text-based", target=str(tmp_path / "words.txt"))):
         kept = filter_pool(tmp_path / "pool", [stage], **SMALL, work=tmp_path / "work")
         assert format_uids(kept.uids) == columns["uid"][::2].tolist()

@@ -127,13 +127,36 @@ def turn_uids_into_bytes(folder):
     cast_uids(folder, pyarrow.binary(32))
 
 
+def turn_similarities_into(folder, make):
+    table = parquet.read_table(folder / "s1.parquet")
+    values = pyarrow.array([make(value) for value in table["clip_l14_similarity_score"].to_pylist()])
+    place = table.schema.get_field_index("clip_l14_similarity_score")
+    parquet.write_table(table.set_column(place, "clip_l14_similarity_score", values), folder / "s1.parquet")
+
+
+def turn_similarities_into_strings(folder):
+    turn_similarities_into(folder, str)
+
+
+def turn_similarities_into_lists(folder):
+    turn_similarities_into(folder, lambda value: [value])
+
+
+def double_a_column(folder):
+    table = parquet.read_table(folder / "s1.parquet")
+    parquet.write_table(table.append_column("uid", table["uid"]), folder / "s1.parquet")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (turn_uids_into_a_view, "its column 'uid' is string_view, but must be string"),
         (turn_uids_into_bytes, r"its column 'uid' is fixed_size_binary\[32\], but must be string"),
         (break_npz, "npz is missing"),
-        (cut_npz, "not a zip file"),
+        (cut_npz, "its npz is cut short or of another format .*not a zip file.* Fetch it again"),
+        (turn_similarities_into_strings, "'clip_l14_similarity_score' is string, but must be a number"),
+        (turn_similarities_into_lists, "'clip_l14_similarity_score' is list.*, but must be a number"),
+        (double_a_column, "has the column 'uid' 2 times"),
         (cut_parquet, "[Pp]arquet"),
         (change_rows, "30 rows, but the parquet has 40"),
         (drop_member, "lacks l14_txt"),
@@ -203,8 +226,9 @@ def test_a_file_is_no_pool(tmp_path, remote):
 
 
 def test_mixed_dimensions_and_empty_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no .parquet file"):
-        open_pool(tmp_path)
+    for look in (open_pool, verify_pool):
+        with pytest.raises(ValueError, match=r"holds no .parquet file"):
+            look(tmp_path)
     write_pool(tmp_path, [20])
     write_shard(tmp_path, "t0", made_columns(20, 8, np.random.default_rng(0)))
     with pytest.raises(ValueError, match="differ in dimension"):

@@ -105,10 +105,11 @@ def test_files_are_merged_in_blocks_of_any_size_into_what_numpy_would_save(tmp_p
 
 def test_a_merge_says_of_which_contents_it_is(tmp_path):
     write_uids(tmp_path / "a.npy", parse_uids(FEW))
-    merge_uid_files([tmp_path / "a.npy"], tmp_path / "b.npy", "sum", keys=True)
+    merge_uid_files([tmp_path / "a.npy"] * 2, tmp_path / "b.npy", "sum", keys=True)
     digest = hashlib.sha256((tmp_path / "a.npy").read_bytes()).hexdigest()
     record = json.loads((tmp_path / "b.json").read_text())
-    assert record == {"merge": "sum", "sha256": {str(tmp_path / "a.npy"): digest}, "written": len(FEW)}
+    path = str(tmp_path / "a.npy")
+    assert record == {"merge": "sum", "files": [path, path], "sha256": {path: digest}, "written": 2 * len(FEW)}
     assert (tmp_path / "b.keys.txt").read_text().split() == FEW
 
 

@@ -174,7 +174,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         problems = [f"{name}: {problem}" for name, problem in report["problems"].items()]
     print(json.dumps(report, indent=1))
     if problems:
-        raise ValueError(f"{arguments.path} has {len(problems)} problems. {problems[0]}")
+        how_many = "a problem" if len(problems) == 1 else f"{len(problems)} problems, the first"
+        raise ValueError(f"{arguments.path} has {how_many}: {problems[0]}")
 
 
 def _stop(*_: Any) -> None:

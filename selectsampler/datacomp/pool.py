@@ -21,6 +21,7 @@ __all__ = ["Member", "Pool", "Shard", "ShardError", "archs_of", "open_pool", "re
 
 MEMBERS = ("b32_img", "b32_txt", "l14_img", "l14_txt")
 STRINGS = ("uid", "text")  # columns of the parquet
+NUMBERS = ("original_width", "original_height", "clip_b32_similarity_score", "clip_l14_similarity_score")
 BLOCK = 16_384  # rows that are read at once where a member is walked through
 _HEADERS = Lock()  # numpy parses a header by ast.literal_eval, which at times fails in threads (python/cpython#106905)
 
@@ -189,9 +190,7 @@ def open_pool(
         ShardError: naming the first shard that cannot be used, and why.
         ValueError: if the folder holds no shard.
     """
-    names = [Path(path).stem for path in _files(folder, ".parquet")]
-    if not names:
-        raise ValueError(f"{folder} holds no .parquet file. A pool is a flat folder of NAME.parquet and NAME.npz.")
+    names = _names(folder)
     with ThreadPoolExecutor(threads) as executor:
         found = list(executor.map(lambda name: _try_open(str(folder), name, members, columns), names))
     broken = {error.shard: error.reason for error in found if isinstance(error, ShardError)}
@@ -211,9 +210,10 @@ def archs_of(folder: Path | str) -> list[str]:
     """Of which models some npz of a pool holds embeddings of images and texts: `b32`, `l14` or both.
 
     Raises:
-        ValueError: if there are none, or the folder holds no npz that can be read.
+        ValueError: if there are none, or the folder holds no parquet, or no npz that can be read.
     """
     fs, _ = file_system(str(folder))
+    _names(folder)  # an empty folder is no pool
     held: set[str] = set()
     for path in _files(folder, ".npz"):
         try:
@@ -279,6 +279,13 @@ def _files(folder: Path | str, suffix: str) -> list[str]:
     return sorted(path for path in paths if path.endswith(suffix) and not Path(path).name.startswith("."))
 
 
+def _names(folder: Path | str) -> list[str]:
+    names = [Path(path).stem for path in _files(folder, ".parquet")]
+    if not names:
+        raise ValueError(f"{folder} holds no .parquet file. A pool is a flat folder of NAME.parquet and NAME.npz.")
+    return names
+
+
 def _none_left(folder: Path | str, broken: Mapping[str, str]) -> ValueError:
     name = min(broken)
     return ValueError(f"No shard of {folder} can be used ({len(broken)} are broken). The first, {name}: {broken[name]}")
@@ -303,18 +310,24 @@ def _open_shard(folder: str, name: str, members: Sequence[str], columns: Sequenc
         if column not in schema.names:
             there = ", ".join(sorted(schema.names))
             raise ShardError(name, f"its parquet lacks the column {column!r}; it has {there}.")
-        if column in STRINGS and not _holds_strings(schema.field(column).type):
-            raise ShardError(
-                name, f"its column {column!r} is {schema.field(column).type}, but must be string: cast it."
-            )
+        if schema.names.count(column) > 1:
+            raise ShardError(name, f"its parquet has the column {column!r} {schema.names.count(column)} times.")
+        kind = schema.field(column).type
+        if column in STRINGS and not _holds_strings(kind, may_be_null=column == "text"):
+            raise ShardError(name, f"its column {column!r} is {kind}, but must be string: cast it.")
+        if column in NUMBERS and not _holds_numbers(kind):
+            raise ShardError(name, f"its column {column!r} is {kind}, but must be a number: cast it.")
     parquet = _digest_of_parquet(fs.info(f"{root}/{name}.parquet"), footer)
     if not members:
         return Shard(name, rows, parquet)
     path = f"{root}/{name}.npz"
     if not fs.exists(path):
         raise ShardError(name, "its npz is missing.")
-    with fs.open(path, "rb") as file:
-        found = {member: _open_member(file, member, name, local=is_local(fs)) for member in members}
+    try:
+        with fs.open(path, "rb") as file:
+            found = {member: _open_member(file, member, name, local=is_local(fs)) for member in members}
+    except (zipfile.BadZipFile, EOFError, struct.error) as error:
+        raise ShardError(name, f"its npz is cut short or of another format ({error}). Fetch it again.") from error
     for member in found.values():
         if member.rows != rows:
             raise ShardError(name, f"{member.name} has {member.rows} rows, but the parquet has {rows}.")
@@ -370,12 +383,19 @@ def _as_arrow(mask: np.ndarray) -> Any:
     return pyarrow.array(mask)
 
 
-def _holds_strings(kind: Any) -> bool:
+def _holds_strings(kind: Any, *, may_be_null: bool) -> bool:
     """Whether a column is of strings that can be filtered, as those of a string_view cannot."""
     from pyarrow import types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_string(kind) or types.is_large_string(kind)
+    return types.is_string(kind) or types.is_large_string(kind) or (may_be_null and types.is_null(kind))
+
+
+def _holds_numbers(kind: Any) -> bool:
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)
 
 
 def _empty_batch(schema: Any) -> Any:

@@ -97,15 +97,16 @@ def merge_uid_files(
     >>> merge_uid_files(["ours.npy", "dfn.npy"], "both.npy", how="intersection")    # doctest: +SKIP
 
     Files are read through memory maps; of a remote one a copy, and of one that is not sorted its sorted blocks, lie
-    beside the output for as long as the merge takes. Beside the result comes `.json`: how, and the sha256 of each file;
-    with `keys` also `.keys.txt`, every uid once.
+    beside the output for as long as the merge takes. Beside the result comes `.json`: how, the files as often as
+    they were given, and the sha256 of each; with `keys` also `.keys.txt`, every uid once.
     """
     _check_merge(paths, how)
     check_output(output)
     with _runs_folder(Path(output)) as folder:
         runs = [_runs(map_uids(path, folder), folder) for path in paths]
         digests = {name: digest for path in paths for name, digest in digests_of(path).items()}
-        return _write(Path(output), _merged(runs, how), {"merge": how, "sha256": digests}, keys=keys)
+        described = {"merge": how, "files": [str(path) for path in paths], "sha256": digests}
+        return _write(Path(output), _merged(runs, how), described, keys=keys)
 
 
 def sorted_map(path: Path | str, folder: Path) -> np.ndarray:

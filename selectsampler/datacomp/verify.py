@@ -118,7 +118,7 @@ def _verify_shard(pool: Pool, shard: Shard, members: list[str], column: str) -> 
             if difference.max() > largest:
                 largest, worst = float(difference.max()), first + int(difference.argmax())
             total, first = total + float(difference.sum()), first + len(cosines)
-    except (ShardError, ValueError) as error:
-        return str(error)
+    except ValueError as error:
+        return error.reason if isinstance(error, ShardError) else str(error)
     mean = total / max(1, shard.rows)
     return {"rows": shard.rows, "mean_difference": mean, "largest_difference": largest, "worst_row": worst}
