@@ -385,13 +385,28 @@ def test_a_shard_that_vanishes_before_its_uids_are_taken_is_left_out(tmp_path, m
     assert len(kept.uids) == int(Fraction("0.3") * 220)
 
 
+def damage_npz(path: Path) -> None:
+    """Change one bit of a feature, beyond what is read with the header."""
+    content = bytearray(path.read_bytes())
+    content[6000] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+def test_no_member_is_scored_whose_checksum_is_wrong(tmp_path, deflated):
+    write_pool(tmp_path / "pool", [100, 280, 120], deflated=deflated)
+    damage_npz(tmp_path / "pool" / "s1.npz")
+    with pytest.raises(ShardError, match=r"Shard s1 .*l14_img cannot be read"):
+        filter_pool(tmp_path / "pool", CLIP, **SMALL, work=tmp_path / "work")
+    kept = filter_pool(tmp_path / "pool", CLIP, **SMALL, work=tmp_path / "work", skip_broken=True)
+    assert list(kept.provenance["broken"]) == ["s1"]
+
+
 def test_a_shard_that_breaks_in_a_later_stage_is_left_out_of_all(tmp_path):
-    write_pool(tmp_path / "pool", [100, 80, 120])
+    write_pool(tmp_path / "pool", [100, 280, 120])
     np.save(tmp_path / "target.npy", np.ones((1, 16), dtype=np.float16))
-    content = bytearray((tmp_path / "pool" / "s1.npz").read_bytes())
-    content[2000] ^= 1  # seen by the checksum of the streaming stage alone
-    (tmp_path / "pool" / "s1.npz").write_bytes(content)
-    stages = [*CLIP, Stage("norm-sim", keep="0.2", target=str(tmp_path / "target.npy"))]
+    damage_npz(tmp_path / "pool" / "s1.npz")
+    stages = [Stage("clip-score", keep="0.3"), Stage("norm-sim", keep="0.2", target=str(tmp_path / "target.npy"))]
     kept = filter_pool(tmp_path / "pool", stages, **SMALL, work=tmp_path / "work", skip_broken=True)
     assert list(kept.provenance["broken"]) == ["s1"]
     assert [stage["kept"] for stage in kept.provenance["stages"]] == [66, 44]

@@ -153,7 +153,7 @@ def double_a_column(folder):
         (turn_uids_into_a_view, "its column 'uid' is string_view, but must be string"),
         (turn_uids_into_bytes, r"its column 'uid' is fixed_size_binary\[32\], but must be string"),
         (break_npz, "npz is missing"),
-        (cut_npz, "its npz is cut short or of another format .*not a zip file.* Fetch it again"),
+        (cut_npz, "its npz is cut short, damaged or of another format .*not a zip file.* Fetch it again"),
         (turn_similarities_into_strings, "'clip_l14_similarity_score' is string, but must be a number"),
         (turn_similarities_into_lists, "'clip_l14_similarity_score' is list.*, but must be a number"),
         (double_a_column, "has the column 'uid' 2 times"),

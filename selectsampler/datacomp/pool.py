@@ -327,7 +327,9 @@ def _open_shard(folder: str, name: str, members: Sequence[str], columns: Sequenc
         with fs.open(path, "rb") as file:
             found = {member: _open_member(file, member, name, local=is_local(fs)) for member in members}
     except (zipfile.BadZipFile, EOFError, struct.error) as error:
-        raise ShardError(name, f"its npz is cut short or of another format ({error}). Fetch it again.") from error
+        raise ShardError(
+            name, f"its npz is cut short, damaged or of another format ({error}). Fetch it again."
+        ) from error
     for member in found.values():
         if member.rows != rows:
             raise ShardError(name, f"{member.name} has {member.rows} rows, but the parquet has {rows}.")

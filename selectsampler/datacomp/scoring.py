@@ -126,15 +126,21 @@ class _Group:
         return parts
 
     def prepare(self) -> None:
-        """Draw the order, and write members that cannot be mapped to files of their own, for as long as needed."""
+        """Draw the order, and write members that cannot be mapped to files of their own, for as long as needed.
+
+        The others are read through once, in the first repetition, as nobody compares the checksum of a memory map; it
+        is then that they come into the page cache.
+        """
         self._order = shuffled(int(self.offsets[-1]), seed=self.seed)
-        shards = [self.pool.shards[number] for number in self.shards]
-        packed = [(shard, m) for shard in shards for m in self.members if shard.members[m].offset is None]
+        members = [(self.pool.shards[number], member) for number in self.shards for member in self.members]
+        packed = [(shard, member) for shard, member in members if shard.members[member].offset is None]
         if packed:
             # a rank's own, as it is removed at the end; and the same after a kill, so that nothing is left behind
             self._scratch = self.run.scratch or self.run.work / f"{self.scratch_name}-{process_rank()}"
-            with ThreadPoolExecutor(max(1, self.run.threads)) as executor:
-                list(executor.map(lambda one: self._inflate(*one), packed))
+        with ThreadPoolExecutor(max(1, self.run.threads)) as executor:
+            list(executor.map(lambda one: self._inflate(*one), packed))
+            if self.seed[1] == 0:
+                list(executor.map(lambda one: self._check(*one), (one for one in members if one not in packed)))
 
     def close(self) -> None:
         """Forget what `prepare` made."""
@@ -155,6 +161,11 @@ class _Group:
         header = shard.members[member]
         if path is not None and not is_of_size(path, header.rows * header.row_bytes):
             self.pool.inflate(shard, member, path)
+
+    def _check(self, shard: Shard, member: str) -> None:
+        for _ in self.pool.blocks(shard, member):  # which compares the checksum at the end
+            if self.run.stopped.is_set():
+                raise CancelledError
 
     def assemble(self, parts: Sequence[Part]) -> np.ndarray:
         """(n,), float32: the scores of the group's rows in their own order, from its parts."""
