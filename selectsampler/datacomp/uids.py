@@ -210,8 +210,8 @@ class UidFilter:
     >>> webdataset.WebDataset(urls).select(UidFilter("subset.npy"))    # doctest: +SKIP
 
     It takes a WebDataset sample, whose uid stands in its `json` (bytes, text or a dict) or is its `__key__` up to a
-    `-`, or a uid as 32 hex digits. A local file is a memory map, which workers share; a remote one is read. A uid that stands twice passes once
-    here; `count` says how often it stands.
+    `-`, or a uid as 32 hex digits. A local file is a memory map, which workers share; a remote one is read. A uid that
+    stands twice passes once here; `count` says how often it stands.
     """
 
     def __init__(self, path: Path | str) -> None:
