@@ -180,7 +180,7 @@ def test_arguments_reach_the_selection(train, tmp_path):
     train("--epochs", 1, select=select)
     selection = selected_in(tmp_path / "out" / "run")
     details = selection.provenance["selection"]
-    assert (details["count"], details["balance"], details["seed"], details["method"]) == (6, "given", 5, "group")
+    assert (details["count"], details["balance"], details["seed"], details["method"]) == (6, "given", 5, "draw")
     assert selection.provenance["prompts"] == ["A photo of a grey"], "of the first class"
     assert [sum(key.startswith(f"class_0{label}") for key in selection.keys()) for label in range(3)] == [2, 2, 2]  # noqa: SIM118
     assert list((tmp_path / "cache").iterdir())
@@ -190,7 +190,7 @@ def test_by_default_it_selects_as_from_dataset_does(train, tmp_path):
     train("--epochs", 1, select=("--select-keep", "0.5", "--select-clip", "tiny"))
     details = selected_in(tmp_path / "out" / "run").provenance["selection"]
     assert presets.default["select"] == {"balance": "auto", "method": "auto"}
-    assert (details["balance"], details["method"]) == ("auto", "group")
+    assert (details["balance"], details["method"]) == ("auto", "draw")
 
 
 def test_the_papers_preset_takes_the_papers_optimizer(train, tmp_path):
