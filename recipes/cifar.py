@@ -8,8 +8,8 @@ bfloat16 and torch.compile on a GPU. It was not run to its end here: there was n
 
 `--quick` is for two cores: the first 2,500 images of each class, a network of 0.46 M parameters, and 500 updates of 128
 for every method, so that all visit as many samples. Run once (seed 0) with `--noise symmetric:0.4 --keep 0.5` and a
-small CLIP pretrained on the other half of CIFAR-10, on one of an EPYC's two cores (torch 2.15, in bfloat16; tests ran on
-the other), it took 3 minutes and 16 seconds (benchmarks/results/cifar-quick.json):
+small CLIP pretrained on the other half of CIFAR-10, on one of an EPYC's two cores (torch 2.15, in bfloat16; tests ran
+on the other), it took 3 minutes and 16 seconds (benchmarks/results/cifar-quick.json):
 
     trained on     test accuracy  wrong labels  samples  select    train
     full                 54.69 %        40.0 %    25000     0.0 s    32.9 s
@@ -17,8 +17,8 @@ the other), it took 3 minutes and 16 seconds (benchmarks/results/cifar-quick.jso
     ours                 70.95 %         2.9 %    12500    46.4 s    33.5 s
     oracle               70.94 %         0.0 %    12500     0.0 s    36.7 s
 
-`select` is embedding (32.1 s), scoring (14.3 s) and selecting. The oracle draws among right labels. One seed cannot tell
-ours from the oracle.
+`select` is embedding (32.1 s), scoring (14.3 s) and selecting. The oracle draws among right labels. One seed cannot
+tell ours from the oracle.
 Every seed draws its own noise, subset, network and order; damage is the same for all. With `--report FILE.json` a run
 that was interrupted goes on with what is missing.
 """
