@@ -9,7 +9,8 @@ kept right-labelled samples over that of all right-labelled. Coverage: mean dist
 its nearest kept right-labelled one of its class, over that of a random right-labelled subset of the same size (lower is
 better). Trust and oracle are curves over the weight of diversity, read off where their diversity is the paper's or
 zero-shot's; `ours` is what `select` does by default, a draw among what is safe; `covering` maximises trust and
-coverage. The oracle is a linear head cross-fitted on the true labels, whose posterior goes through the same transition matrix and the same diversity.
+coverage. The oracle is a linear head cross-fitted on the true labels, whose posterior goes through the same transition
+matrix and the same diversity.
 """
 
 import argparse

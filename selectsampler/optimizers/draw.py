@@ -42,7 +42,8 @@ def safe_limit(probability: Tensor, k: int, risk: float) -> float:
         mean_{i <= n} (1 - p_i) <= mean_{i <= k} (1 - p_i) + risk
 
     so that k samples drawn at random of the n hold at most `risk` more wrong ones, in expectation and as a share, than
-    the k safest do; equals of the least safe count as safe too. At risk 0 it draws the k safest themselves, at risk 1 from all.
+    the k safest do; equals of the least safe count as safe too. At risk 0 it draws the k safest themselves, at risk 1
+    from all.
 
     >>> safe_limit(torch.tensor([0.25, 1.0, 1.0, 0.75, 1.0]), 2, risk=0.1)
     0.75
