@@ -359,7 +359,7 @@ def decoded(data: bytes) -> Any:
 def adaptation(options: argparse.Namespace) -> Result:
     samples, dim, classes, folds = options.samples or 50_000, 512, 100, 5
     embeddings = made_embeddings(samples, dim, classes)
-    steps, batch = 300, 256
+    steps, batch = 220, 256
     operations = folds * steps * (2 * 2 * (batch + classes) * dim * dim + 3 * 2 * batch * classes * dim)
     a, b = torch.randn(4096, dim), torch.randn(dim, 4096)
     products = operations / (2 * 4096 * 4096 * dim)

@@ -24,10 +24,11 @@ class Projection(nn.Module):
         super().__init__()
         self.logit_scale = nn.Parameter(torch.zeros(()))
         self.pause = pause
-        self.threads = []
+        self.threads, self.cores = [], []
 
     def encode_image(self, pixels):
         self.threads.append(threading.current_thread())
+        self.cores.append(torch.get_num_threads())
         time.sleep(self.pause * len(pixels))
         return pixels.flatten(1)[:, :16]
 
@@ -89,12 +90,33 @@ def test_images_are_prepared_while_the_model_is_at_work():
     assert overlaps[0]
 
 
-def test_the_data_set_is_read_by_the_callers_thread_and_the_model_runs_in_another():
+@pytest.fixture
+def cores(request):
+    """As if torch had so many cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("cores", [3], indirect=True)
+def test_the_data_set_is_read_by_the_callers_thread_and_the_model_runs_in_another(cores):
     dataset, model = Slow(images(12)), Projection()
     run(dataset, model)
     assert dataset.threads == {threading.main_thread()}
     assert len(set(model.threads)) == 1
     assert threading.main_thread() not in model.threads
+    assert set(model.cores) == {2}
+
+
+@pytest.mark.parametrize("cores", [2], indirect=True)
+def test_with_two_cores_the_owner_runs_a_slow_model_too_and_each_takes_one(cores):
+    dataset, model = Slow(images(80)), Projection(0.002)
+    run(dataset, model)
+    assert dataset.threads == {threading.main_thread()}
+    assert len(set(model.threads)) == 2
+    assert set(model.cores) == {1}
+    assert torch.get_num_threads() == cores
 
 
 def test_a_cpu_is_given_few_images_at_once(monkeypatch):
@@ -162,6 +184,23 @@ def test_what_is_done_in_the_background_is_done_in_turn():
         for number in range(20):
             background.submit(order.append, number)
     assert order == list(range(20))
+
+
+@pytest.mark.parametrize("cores", [2], indirect=True)
+def test_what_fails_in_the_owners_hands_is_raised_there_and_nothing_hangs(cores):
+    def fails_in_the_owner(number):
+        time.sleep(0.01)
+        if threading.current_thread() is threading.main_thread():
+            raise RuntimeError(f"number {number}")
+
+    def work():
+        with Background(ahead=2, shares_cores=True) as background:
+            for number in range(20):
+                background.submit(fails_in_the_owner, number)
+
+    with pytest.raises(RuntimeError, match="number"):
+        work()
+    assert torch.get_num_threads() == cores
 
 
 def test_the_slowest_stage_is_what_bounds():

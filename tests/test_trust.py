@@ -289,3 +289,37 @@ def test_from_dataset_takes_any_method_of_select(method, tiny_clip, pairs):
     assert len(sampler) == 6
     assert sampler.selection.provenance["selection"]["method"] == method
     assert sampler.selection.bound >= sampler.selection.objective - 1e-9
+
+
+def test_the_gradient_that_is_written_out_is_that_of_the_likelihood():
+    images, text, truth = made_images()
+    labels = noisy("symmetric", truth, images, rate=0.4)
+    data = module.Data(images, text, labels)
+    heads = module._Heads(data, 0.05, 3, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    heads.weight, heads.bias, heads.trust_in_prompts = (
+        torch.randn(shape, generator=generator) / 4 for shape in ((DIM, 3, CLASSES), (3, CLASSES), (3, CLASSES))
+    )
+    transition = module._uniform(CLASSES, 0.3)
+    rows = torch.arange(0, len(labels), 7)
+    parameters = [each.double().requires_grad_() for each in (heads.weight, heads.bias, heads.trust_in_prompts)]
+    weight, bias, trust_in_prompts = parameters
+    directions = data.directions(rows).double()
+    loss = module.SHRINKAGE / (len(labels) * 2 / 3) * weight.square().sum()
+    for fold in range(3):
+        seen = heads.fold[rows] != fold
+        logits = (directions[seen] - data.mean) @ data.whitening.double() @ weight[:, fold] + bias[fold]
+        logits = logits + directions[seen] @ data.text.T.double() / 0.05 * trust_in_prompts[fold]
+        likelihood = (logits.softmax(dim=1) * transition.T[labels[rows][seen]]).sum(dim=1)
+        loss = loss - likelihood.log().mean()
+    expected = torch.autograd.grad(loss, parameters)
+    for gradient, reference in zip(heads._gradients(rows, transition.T.contiguous()), expected, strict=True):
+        assert_close(gradient, reference.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("columns", "k"), [(4096, 50), (408, 50), (400, 50), (401, 50), (30, 30)])
+def test_the_largest_of_a_row_are_those_of_a_whole_sort(columns, k):
+    values = torch.randn(64, columns, generator=torch.Generator().manual_seed(0))
+    found, expected = module._largest(values, k), values.topk(k, dim=1)
+    assert torch.equal(found[0], expected.values)
+    assert torch.equal(found[1], expected.indices)

@@ -30,7 +30,7 @@ from selectsampler.validation import check_classes, check_labels
 __all__ = ["UnreadableImages", "dataset_fingerprint", "embed"]
 
 SHARD = 1024  # images; a kill costs at most these
-AHEAD = 2  # batches that are prepared before the model gets to them
+AHEAD = 3  # batches that are prepared before the model gets to them
 ON_CPU = 64  # images that go through the model at once, at most
 AT_ONCE = 2**22  # bytes of pixels whose statistics are taken together
 NO_TWIN = -1  # where the number of a kind of damage would stand
@@ -383,9 +383,9 @@ def _encode(
 ) -> list[Columns]:
     """Write the columns of each shard, or return them where there is no store.
 
-    While this thread prepares images (no other touches the data set), a second one runs the model and writes. These two
-    share it, so that a kill costs no more than one shard. No batch crosses a shard's end, so that a resumed run repeats
-    it exactly.
+    While this thread prepares images (no other touches the data set), a second one runs the model and writes; on a CPU
+    this one lends it a hand when it is ahead. All share one shard, so that a kill costs no more than that. No batch
+    crosses a shard's end, so that a resumed run repeats it exactly.
     """
     stream, images = _batches(prepared, model, shards, options), sum(len(rows) for rows in shards.values())
     done: list[Columns] = []
@@ -407,7 +407,7 @@ def _encode(
             with throughput.timing("write"):
                 store.write(shard, columns)
 
-    with bar, Background(AHEAD) as background:
+    with bar, Background(AHEAD, shares_cores=model.device.type == "cpu") as background:
         for shard, rows in shards.items():
             parts = []
             for _ in range(math.ceil(len(rows) / _batch_size(model, options))):
@@ -424,23 +424,48 @@ class Background:
     """A thread that does one thing after another while its owner goes on; both stop where either fails.
 
     Args:
-        ahead: of so many calls the owner does not wait for the result.
+        ahead: so many calls the owner does not wait for.
+        shares_cores: the calls keep cores busy, not a GPU. Then torch uses one core in the owner and the others in the
+            thread, as more threads than cores would wait for each other at every layer. Where that is one core each,
+            the owner, before it waits, does a call itself that the thread has not begun: the result is the same to
+            the bit.
     """
 
-    def __init__(self, ahead: int) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embed")
+    def __init__(self, ahead: int, *, shares_cores: bool = False) -> None:
+        self._ahead, self._shares_cores, self._cores = ahead, shares_cores, torch.get_num_threads()
+        limit = max(1, self._cores - 1) if shares_cores else self._cores
+        self._helps = shares_cores and limit == 1
         self._waiting: deque[Future[Any]] = deque()
-        self._ahead = ahead
+        self._calls: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()  # not begun
+        self._thread = ThreadPoolExecutor(1, "embed", initializer=torch.set_num_threads, initargs=(limit,))
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
         """Have it done; raises what an earlier call raised."""
         while len(self._waiting) >= self._ahead:
+            if self._helps:
+                self._do_next()
             self._waiting.popleft().result()
-        future = self._thread.submit(function, *arguments)
+        future: Future[T] = Future()
         self._waiting.append(future)
+        self._calls.append((future, function, arguments))
+        self._thread.submit(self._do_next)
         return future
 
+    def _do_next(self) -> None:
+        """Do the call that has waited longest, if there is one that nobody has begun."""
+        try:
+            future, function, arguments = self._calls.popleft()
+        except IndexError:
+            return
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)  # for whoever waits for it, maybe the other thread
+            raise
+
     def __enter__(self) -> "Background":
+        if self._shares_cores:
+            torch.set_num_threads(1)
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
@@ -449,6 +474,7 @@ class Background:
                 self._waiting.popleft().result()
         finally:  # also where the owner is interrupted: what is under way ends, the rest is not begun
             self._thread.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._cores)
 
 
 def _batch_size(model: Clip, options: dict[str, Any]) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu
 
+from selectsampler.precision import fast_products
 from selectsampler.validation import check_features, check_mask
 
 __all__ = ["intactness"]
@@ -18,6 +19,7 @@ STEPS = 500
 BATCH = 256
 LEARNING_RATE = 5e-3
 STRANGERS = 0.2  # weight of images of no known kind of damage, beside the twins
+MADE = 2**14  # such images, of which every batch draws some
 ANCHOR = 0.03  # weight of the loss that takes every image for intact; see `_loss`
 
 
@@ -125,18 +127,21 @@ def _train(
         for shape in shapes
     ]
     weights = [weight.requires_grad_() for weight in weights]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=1e-2)
-    strangers = _strangers(images[usable])
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + np.cos(np.pi * step / STEPS)) / 2
-        pair, row = _draw(pairs, generator), _draw(rows, generator)
-        own, twin, other = images[twins[pair, 0]], damaged[pair], images[row]
-        strange = strangers(generator)
-        logits = _logits(weights, torch.cat([own, twin, other, strange], dim=1)).split(BATCH, dim=1)
-        loss = _loss(logits, twins[pair, 1])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    fused = images.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=1e-2, fused=fused)
+    strangers = _strangers(images[usable], generator)
+    everything = [torch.arange(len(strangers), device=images.device)] * FOLDS
+    with fast_products():
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 + np.cos(np.pi * step / STEPS)) / 2
+            pair, row, strange = (_draw(each, generator) for each in (pairs, rows, everything))
+            parts = ((images, twins[pair, 0]), (damaged, pair), (images, row), (strangers, strange))
+            batch = [values.index_select(0, each.flatten()).view(FOLDS, BATCH, -1) for values, each in parts]
+            logits = _logits(weights, torch.cat(batch, dim=1)).split(BATCH, dim=1)
+            loss = _loss(logits, twins[pair, 1])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return [weight.detach() for weight in weights]
 
 
@@ -180,20 +185,15 @@ def _evidence(weights: Sequence[Tensor], inputs: Tensor, folds: Tensor) -> Tenso
     return result
 
 
-def _strangers(images: Tensor) -> Callable[[torch.Generator], Tensor]:
-    """Draws (F, n, S) statistics that no image has: each principal component of another image, half as far again."""
+def _strangers(images: Tensor, generator: torch.Generator) -> Tensor:
+    """(MADE, S): statistics that no image has: each principal component of another image, half as far again."""
     middle = images.mean(dim=0)
     centred = images - middle
     covariance = centred.T @ centred / len(images)
     axes = torch.linalg.eigh(covariance + 1e-2 * torch.eye(len(covariance), device=images.device)).eigenvectors
-    components = centred @ axes
-
-    def draw(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(images), (FOLDS, BATCH, len(axes)), generator=generator).to(images.device)
-        mixed = components[rows, torch.arange(len(axes), device=images.device)]
-        return (1.5 * mixed @ axes.T + middle).clamp(-4, 4)
-
-    return draw
+    rows = torch.randint(len(images), (MADE, len(axes)), generator=generator).to(images.device)
+    mixed = (centred @ axes).gather(0, rows)
+    return (1.5 * mixed @ axes.T + middle).clamp(-4, 4)
 
 
 def _draw(rows: Sequence[Tensor], generator: torch.Generator) -> Tensor:

@@ -112,13 +112,7 @@ class Scores:
         utility = torch.zeros(len(self), dtype=torch.float64, device=self[next(iter(self.columns))].device)
         eligible = len(self) if self.eligible is None else int(self.eligible.sum())
         for name, weight in weights.items():
-            parts = self.scaled(name).split(BLOCK)  # float64 copies stay small at any N
-            mean = sum(part.double().sum() for part in parts) / eligible if eligible else 0.0
-            for total, part in zip(utility.split(BLOCK), parts, strict=True):
-                if name in ON_SCALE:
-                    total += weight * part.double()
-                elif mean > 0:
-                    total += weight * part.double() / mean
+            _add_term(utility, self.scaled(name), weight, samples=None if name in ON_SCALE else eligible)
         return utility
 
     def save(self, path: Path | str) -> None:
@@ -318,6 +312,16 @@ def _described(trust: Trust, class_names: Sequence[str]) -> dict[str, Any]:
         "transition": trust.transition.tolist() if len(class_names) <= 100 else None,
         "unknown": [class_names[number] for number in trust.unknown],
     }
+
+
+def _add_term(utility: Tensor, scaled: Tensor, weight: float, *, samples: int | None) -> None:
+    """Add weight * scaled to the utility, over the mean of so many samples unless None; float64 copies stay small."""
+    parts, mean = scaled.split(BLOCK), 1.0
+    if samples is not None:
+        mean = float(sum(part.double().sum() for part in parts)) / max(1, samples)
+    if mean > 0:
+        for total, part in zip(utility.split(BLOCK), parts, strict=True):
+            total += weight * part.double() / mean
 
 
 def _min_max(values: Tensor) -> Tensor:
