@@ -264,43 +264,37 @@ def _train(
 
     Nothing of one set reaches the adapters of another: the losses are summed, and Adam works entry by entry.
     """
-    text, device = embeddings.text.float(), embeddings.text.device
-    eye = torch.eye(text.shape[1], device=device)
-    pair = [eye.repeat(len(seen), 1, 1).requires_grad_() for _ in range(2)]  # transposed: gradients come out that way
-    image_adapters, text_adapters = pair
+    device = embeddings.text.device
+    text = embeddings.text.float().expand(len(seen), -1, -1)
+    dim = text.shape[2]
+    # what the adapters add to the identity, transposed: gradients come out that way, and shrinkage is plain weight decay
+    changes = [torch.zeros(len(seen), dim, dim, device=device, requires_grad=True) for _ in range(2)]
     log_temperatures = torch.full((len(seen),), math.log(0.07), device=device, requires_grad=True)
-    shrinkage = schedule.shrinkage / torch.tensor([len(rows) for rows in seen], device=device)
+    shrinkage = schedule.shrinkage / len(seen[0])  # the sets are of one size, but for a sample
+    groups = [{"params": changes, "weight_decay": 2 * shrinkage}, {"params": [log_temperatures]}]
     fused = device.type in ("cpu", "cuda")  # one pass over the adapters instead of ten
-    optimizer = torch.optim.Adam([*pair, log_temperatures], lr=schedule.learning_rate, fused=fused)
+    optimizer = torch.optim.Adam(groups, lr=schedule.learning_rate, fused=fused)
     curve = []
     with fast_products(), progress_bar("adapt", schedule.steps, unit="step", show=progress) as bar:
         for step, batch in zip(range(schedule.steps), _batches(seen, schedule), strict=False):
-            optimizer.param_groups[0]["lr"] = schedule.rate(step)
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(step)
             image, labels = embeddings.image[batch].float(), embeddings.labels[batch]
-            adapted = image @ image_adapters, text @ text_adapters
-            losses = loss_of(*adapted, labels, log_temperatures.exp(), schedule.robustness)
+            adapted = [torch.baddbmm(given, given, change) for given, change in zip((image, text), changes, strict=True)]
+            losses = loss_of(adapted[0], adapted[1], labels, log_temperatures.exp(), schedule.robustness)
             if step % math.ceil(schedule.steps / 20) == 0 or step == schedule.steps - 1:
-                distances = [torch.linalg.vector_norm(each.detach() - eye, dim=(1, 2)).square() for each in pair]
+                distances = [change.detach().square().sum((1, 2)) for change in changes]
                 curve.append(losses.detach() + shrinkage * sum(distances))
             optimizer.zero_grad()
             losses.sum().backward()
-            for adapters in pair:
-                _add_shrinkage(adapters, 2 * shrinkage)
             optimizer.step()
             bar.update()
     trained = {
         "temperatures": log_temperatures.detach().exp().tolist(),
         "loss_curves": torch.stack(curve, dim=1).tolist(),
     }
-    return image_adapters.detach().mT.contiguous(), text_adapters.detach().mT.contiguous(), trained
-
-
-def _add_shrinkage(adapters: Tensor, strength: Tensor) -> None:
-    """Add strength * (adapters - identity) to the gradient: a graph of its own would cost a third of the training."""
-    if adapters.grad is None:
-        raise RuntimeError("Adapters have no gradient yet: shrinkage is added after backward().")
-    adapters.grad.addcmul_(adapters.detach(), strength[:, None, None])
-    adapters.grad.diagonal(dim1=1, dim2=2).sub_(strength[:, None])
+    image_adapters, text_adapters = (torch.eye(dim, device=device) + change.detach().mT for change in changes)
+    return image_adapters, text_adapters, trained
 
 
 def _batches(seen: Sequence[Tensor], schedule: Schedule) -> Iterator[Tensor]:

@@ -282,16 +282,6 @@ def test_shrinkage_keeps_the_adapters_near_the_identity(method):
     assert distances[0] > 1.5 * distances[1] > 3 * distances[2]
 
 
-def test_shrinkage_is_the_gradient_of_the_squared_distance_from_the_identity():
-    adapters = torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    strength = torch.tensor([0.5, 1.0, 3.0])
-    distances = (adapters - torch.eye(5)).square().sum((1, 2))
-    (expected,) = torch.autograd.grad((strength * distances).sum() + adapters.sum(), adapters)
-    adapters.grad = torch.ones_like(adapters)
-    adaptation._add_shrinkage(adapters, 2 * strength)
-    assert_close(adapters.grad, expected)
-
-
 @pytest.mark.parametrize("method", ["cross_fit", "info_nce"])
 def test_what_is_not_given_is_the_methods_own(method):
     schedule = adapt(random_embeddings(samples=40, classes=2), method=method, steps=2, shrinkage=0.0).provenance
