@@ -267,7 +267,7 @@ def _train(
     device = embeddings.text.device
     text = embeddings.text.float().expand(len(seen), -1, -1)
     dim = text.shape[2]
-    # what the adapters add to the identity, transposed: gradients come out that way, and shrinkage is plain weight decay
+    # what the adapters add to the identity, so that shrinkage is weight decay; transposed, as gradients come out that way
     changes = [torch.zeros(len(seen), dim, dim, device=device, requires_grad=True) for _ in range(2)]
     log_temperatures = torch.full((len(seen),), math.log(0.07), device=device, requires_grad=True)
     shrinkage = schedule.shrinkage / len(seen[0])  # the sets are of one size, but for a sample
@@ -280,7 +280,7 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
             image, labels = embeddings.image[batch].float(), embeddings.labels[batch]
-            adapted = [torch.baddbmm(given, given, change) for given, change in zip((image, text), changes, strict=True)]
+            adapted = [torch.baddbmm(each, each, change) for each, change in zip((image, text), changes, strict=True)]
             losses = loss_of(adapted[0], adapted[1], labels, log_temperatures.exp(), schedule.robustness)
             if step % math.ceil(schedule.steps / 20) == 0 or step == schedule.steps - 1:
                 distances = [change.detach().square().sum((1, 2)) for change in changes]
