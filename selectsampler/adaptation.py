@@ -267,7 +267,7 @@ def _train(
     device = embeddings.text.device
     text = embeddings.text.float().expand(len(seen), -1, -1)
     dim = text.shape[2]
-    # what the adapters add to the identity, so that shrinkage is weight decay; transposed, as gradients come out that way
+    # what adapters add to the identity, so that shrinkage is weight decay; transposed, as gradients come out that way
     changes = [torch.zeros(len(seen), dim, dim, device=device, requires_grad=True) for _ in range(2)]
     log_temperatures = torch.full((len(seen),), math.log(0.07), device=device, requires_grad=True)
     shrinkage = schedule.shrinkage / len(seen[0])  # the sets are of one size, but for a sample
