@@ -271,7 +271,7 @@ def _train(
     changes = [torch.zeros(len(seen), dim, dim, device=device, requires_grad=True) for _ in range(2)]
     log_temperatures = torch.full((len(seen),), math.log(0.07), device=device, requires_grad=True)
     shrinkage = schedule.shrinkage / len(seen[0])  # the sets are of one size, but for a sample
-    groups = [{"params": changes, "weight_decay": 2 * shrinkage}, {"params": [log_temperatures]}]
+    groups: list[dict[str, Any]] = [{"params": changes, "weight_decay": 2 * shrinkage}, {"params": [log_temperatures]}]
     fused = device.type in ("cpu", "cuda")  # one pass over the adapters instead of ten
     optimizer = torch.optim.Adam(groups, lr=schedule.learning_rate, fused=fused)
     curve = []
