@@ -48,9 +48,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 import selectsampler as ss
+from selectsampler.adaptation import DEFAULTS
 from selectsampler.embeddings.damaging import DAMAGES
 from selectsampler.embeddings.statistics import STATISTICS
 from selectsampler.optimizers import apportion, group, straight_through, top_k
+from selectsampler.precision import fast_products
 from selectsampler.scores import s_clip_loss, sample_diversity, semantic_alignment
 
 Tasks = dict[str, Callable[[], Any]]
@@ -356,15 +358,21 @@ def decoded(data: bytes) -> Any:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
+def ten_products(a: Tensor, b: Tensor) -> list[Tensor]:
+    """As adapters are multiplied while they are trained."""
+    with fast_products():
+        return [a @ b for _ in range(10)]
+
+
 def adaptation(options: argparse.Namespace) -> Result:
     samples, dim, classes, folds = options.samples or 50_000, 512, 100, 5
     embeddings = made_embeddings(samples, dim, classes)
-    steps, batch = 220, 256
+    steps, batch = (DEFAULTS["cross_fit"][name] for name in ("steps", "batch_size"))
     operations = folds * steps * (2 * 2 * (batch + classes) * dim * dim + 3 * 2 * batch * classes * dim)
     a, b = torch.randn(4096, dim), torch.randn(dim, 4096)
     products = operations / (2 * 4096 * 4096 * dim)
     tasks: Tasks = {
-        "ten matrix products": lambda: [a @ b for _ in range(10)],
+        "ten matrix products": lambda: ten_products(a, b),
         "selectsampler": lambda: ss.adapt(embeddings, method="cross_fit", progress=False),
     }
     if not installed("sklearn"):

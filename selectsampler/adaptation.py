@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from selectsampler.embeddings.features import Embeddings
-from selectsampler.precision import fast_products
+from selectsampler.precision import fast_products, full_precision
 from selectsampler.progress import progress_bar
 
 __all__ = ["Adapted", "adapt", "info_nce_loss", "prompt_loss"]
@@ -66,16 +66,22 @@ class Adapted:
                 yield rows, self.embeddings.image[rows].float(), self.embeddings.text.float()
             return
         for fold, (image_adapter, text_adapter) in enumerate(zip(self.image_adapters, self.text_adapters, strict=True)):
-            text = self.embeddings.text.float() @ text_adapter.T
+            text = _times(self.embeddings.text, text_adapter)
             for rows in (self.folds == fold).nonzero()[:, 0].split(BLOCK):
-                yield rows, self.embeddings.image[rows].float() @ image_adapter.T, text
+                yield rows, _times(self.embeddings.image[rows], image_adapter), text
 
     @property
     def distance_features(self) -> Tensor:
         """(N, D): the space in which samples are compared. The features as they came, or the one adapter's."""
         if self.method != "info_nce":
             return self.embeddings.image
-        return self.embeddings.image.float() @ self.image_adapters[0].T
+        return _times(self.embeddings.image, self.image_adapters[0])
+
+
+def _times(features: Tensor, adapter: Tensor) -> Tensor:
+    """Adapted features, float32."""
+    with full_precision():
+        return features.float() @ adapter.T
 
 
 def adapt(
@@ -124,7 +130,7 @@ def adapt(
         progress: show a bar on a terminal if it takes longer than two seconds.
 
     Raises:
-        ValueError: for an unknown method, or folds, steps, batch size, robustness or shrinkage out of range.
+        ValueError: for an unknown method, or folds, steps, batch size, rate, robustness or shrinkage out of range.
     """
     if not isinstance(embeddings, Embeddings):
         raise ValueError(f"adapt takes Embeddings, not a {type(embeddings).__name__}: make them with embed().")
@@ -132,10 +138,12 @@ def adapt(
         raise ValueError(f"method is {method!r}, but it must be 'none', 'info_nce' or 'cross_fit'.")
     if not 0 <= robustness <= 1:
         raise ValueError(f"robustness is {robustness}, but it must lie in [0, 1].")
-    if shrinkage is not None and shrinkage < 0:
-        raise ValueError(f"shrinkage is {shrinkage}, but it must not be negative.")
-    if (batch_size is not None and batch_size < 2) or (steps is not None and steps < 1):
-        raise ValueError(f"batch_size={batch_size} and steps={steps}: at least 2 and 1 are needed.")
+    for name, value in (("shrinkage", shrinkage), ("learning_rate", learning_rate)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}, but it must be finite and not negative.")
+    for name, number, least in (("batch_size", batch_size, 2), ("steps", steps, 1), ("folds", folds, 1)):
+        if number is not None and (number != int(number) or number < least):
+            raise ValueError(f"{name} is {number}, but it must be a whole number, at least {least}.")
     if method == "none":
         return _identity(embeddings)
     given = {"steps": steps, "batch_size": batch_size, "shrinkage": shrinkage}
@@ -270,7 +278,7 @@ def _train(
     # what adapters add to the identity, so that shrinkage is weight decay; transposed, as gradients come out that way
     changes = [torch.zeros(len(seen), dim, dim, device=device, requires_grad=True) for _ in range(2)]
     log_temperatures = torch.full((len(seen),), math.log(0.07), device=device, requires_grad=True)
-    shrinkage = schedule.shrinkage / len(seen[0])  # the sets are of one size, but for a sample
+    shrinkage = schedule.shrinkage * len(seen) / sum(map(len, seen))  # the sets are of one size, but for a sample
     groups: list[dict[str, Any]] = [{"params": changes, "weight_decay": 2 * shrinkage}, {"params": [log_temperatures]}]
     fused = device.type in ("cpu", "cuda")  # one pass over the adapters instead of ten
     optimizer = torch.optim.Adam(groups, lr=schedule.learning_rate, fused=fused)

@@ -282,6 +282,27 @@ def test_shrinkage_keeps_the_adapters_near_the_identity(method):
     assert distances[0] > 1.5 * distances[1] > 3 * distances[2]
 
 
+def test_the_shrinkage_adds_its_share_of_the_squared_distance_to_the_loss(monkeypatch):
+    shrinkage = 40.0
+
+    class Descent(torch.optim.SGD):  # plain steps, so that what one step leaves tells the gradient
+        def __init__(self, groups, lr, **_):
+            super().__init__(groups, lr=lr)
+
+    monkeypatch.setattr(torch.optim, "Adam", Descent)
+    monkeypatch.setattr(adaptation.Schedule, "rate", lambda *_: 0.1)
+    embeddings = random_embeddings(samples=20, classes=2)
+    adapted = {
+        s: adapt(embeddings, method="info_nce", steps=2, shrinkage=s).image_adapters[0] - torch.eye(16)
+        for s in (0.0, shrinkage)
+    }
+    first = adapt(embeddings, method="info_nce", steps=1, shrinkage=0.0).image_adapters[0] - torch.eye(16)
+    # of a distance d^2 the gradient is 2 (shrinkage / n) d; the first step starts at d = 0
+    expected = adapted[0.0] - 0.1 * 2 * shrinkage / 20 * first
+    assert_close(adapted[shrinkage], expected, rtol=1e-4, atol=1e-6)
+    assert first.norm() > 0
+
+
 @pytest.mark.parametrize("method", ["cross_fit", "info_nce"])
 def test_what_is_not_given_is_the_methods_own(method):
     schedule = adapt(random_embeddings(samples=40, classes=2), method=method, steps=2, shrinkage=0.0).provenance
@@ -295,12 +316,16 @@ def test_what_is_not_given_is_the_methods_own(method):
         ({"method": "magic"}, "method is 'magic', but it must be 'none', 'info_nce' or 'cross_fit'"),
         ({"folds": 1}, "folds is 1, but it must lie between 2 and the 20 readable samples"),
         ({"folds": 21}, "folds is 21"),
-        ({"steps": 0}, "steps=0"),
-        ({"batch_size": 1}, "batch_size=1"),
+        ({"folds": 2.5}, r"folds is 2\.5, but it must be a whole number"),
+        ({"steps": 0}, "steps is 0, but it must be a whole number, at least 1"),
+        ({"steps": 2.5}, r"steps is 2\.5"),
+        ({"batch_size": 1}, "batch_size is 1, but it must be a whole number, at least 2"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"robustness": -0.1}, r"robustness is -0\.1"),
         ({"robustness": 1.1}, r"robustness is 1\.1"),
         ({"robustness": math.nan}, "robustness is nan"),
         ({"shrinkage": -1.0}, r"shrinkage is -1\.0"),
+        ({"shrinkage": math.inf}, "shrinkage is inf"),
     ],
 )
 def test_arguments_out_of_range_are_named(arguments, message):

@@ -129,7 +129,7 @@ def test_images_that_are_not_eligible_get_zero_and_take_no_part(monkeypatch):
         ({"image_statistics": torch.full((400, DIM), torch.nan)}, "image_statistics holds NaN or infinity"),
         ({"twin_statistics": torch.ones(100, 3)}, "twin_statistics has dimension 3, but 12 was expected"),
         ({"eligible": torch.ones(3)}, r"eligible must be a bool tensor of shape \(400,\)"),
-        ({"eligible": torch.arange(400) < 40}, r"There are \d+ damaged twins, but 30 are needed"),
+        ({"eligible": torch.arange(400) < 40}, r"There are damaged twins of \d+ images, but 30 are needed"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(changes, message):

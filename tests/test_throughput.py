@@ -1,5 +1,6 @@
 """Embedding overlaps its stages, stops as a whole, and says what it was bound by."""
 
+import re
 import threading
 import time
 
@@ -194,13 +195,36 @@ def test_what_fails_in_the_owners_hands_is_raised_there_and_nothing_hangs(cores)
             raise RuntimeError(f"number {number}")
 
     def work():
-        with Background(ahead=2, shares_cores=True) as background:
+        with Background(ahead=2, elsewhere=1, helps=True) as background:
             for number in range(20):
                 background.submit(fails_in_the_owner, number)
 
     with pytest.raises(RuntimeError, match="number"):
         work()
     assert torch.get_num_threads() == cores
+
+
+@pytest.mark.parametrize("cores", [2], indirect=True)
+def test_no_stage_is_said_to_be_slower_than_all(cores, capsys, monkeypatch):
+    monkeypatch.setattr(throughput, "WORTH_A_LINE", 0.0)
+    run(images(120), Projection(0.002))
+    rates = [float(rate.replace(",", "")) for rate in re.findall(r"([\d,]+)/s", capsys.readouterr().err)]
+    assert rates[0] <= 1.05 * min(rates[1:])
+
+
+def test_seconds_in_which_two_threads_are_at_one_stage_count_once():
+    embedding, barrier = Throughput(10, side_by_side=1), threading.Barrier(2)
+
+    def encode():
+        with embedding.timing("encode"):
+            barrier.wait(timeout=10)
+            time.sleep(0.2)
+
+    other = threading.Thread(target=encode)
+    other.start()
+    encode()
+    other.join()
+    assert 0.2 <= embedding.seconds["encode"] < 0.35
 
 
 def test_the_slowest_stage_is_what_bounds():

@@ -82,13 +82,15 @@ def embed(
     Args:
         dataset: map-style: torchvision's, timm's `ImageDataset` (folder, tar, `torch/...`, `hfds/...`), a `Subset` or
             `ConcatDataset` of such, a list of (PIL image, label), or any with PIL images and a `transform`.
-        clip: `ARCH/TAG` of open_clip, `local-dir:PATH`, `hf-hub:ORG/NAME`, or (model, preprocess, tokenizer).
+        clip: `ARCH/TAG` of open_clip, `local-dir:PATH`, `hf-hub:ORG/NAME`, or (model, preprocess, tokenizer); with two
+            cores and no GPU two threads call the model at once.
         class_names: C distinct names, in the order of the labels.
         templates: one or several prompts, as `A photo of a {}` (the default) or as functions of the name; the unit
             features of several are averaged.
         labels: N integers; by default the data set's own, read without decoding images where it offers them.
         batch_size: images that go through the model at once; on a CPU at most 64.
-        num_workers: processes that decode and preprocess; with 0 this one does it, while the model is at work.
+        num_workers: processes that decode and preprocess; with 0 this one does it, while the model is at work. On a CPU
+            they take cores from the model, and while it is at work torch uses fewer threads in all of this process.
         device: `auto` takes CUDA, then MPS, then the CPU.
         precision: `fp32`, `amp` or `amp_bf16`; by default `amp` on CUDA and `fp32` elsewhere.
         cache_dir: where features are kept. The key is (weights, preprocessing, precision, inputs), never the labels.
@@ -407,7 +409,9 @@ def _encode(
             with throughput.timing("write"):
                 store.write(shard, columns)
 
-    with bar, Background(AHEAD, shares_cores=model.device.type == "cpu") as background:
+    on_cpu, workers = model.device.type == "cpu", options["num_workers"]
+    cores = {"elsewhere": max(1, workers), "helps": workers == 0} if on_cpu else {}
+    with bar, Background(AHEAD, **cores) as background:
         for shard, rows in shards.items():
             parts = []
             for _ in range(math.ceil(len(rows) / _batch_size(model, options))):
@@ -425,16 +429,16 @@ class Background:
 
     Args:
         ahead: so many calls the owner does not wait for.
-        shares_cores: the calls keep cores busy, not a GPU. Then torch uses one core in the owner and the others in the
-            thread, as more threads than cores would wait for each other at every layer. Where that is one core each,
-            the owner, before it waits, does a call itself that the thread has not begun: the result is the same to
-            the bit.
+        elsewhere: so many cores are kept busy by others, the owner among them; torch uses the rest in the thread, as
+            more threads than cores would wait for each other at every layer. 0: the calls wait for a GPU.
+        helps: the owner, before it waits, does a call itself that the thread has not begun. That the result is the
+            same to the bit, it does so only where the thread has one core as well.
     """
 
-    def __init__(self, ahead: int, *, shares_cores: bool = False) -> None:
-        self._ahead, self._shares_cores, self._cores = ahead, shares_cores, torch.get_num_threads()
-        limit = max(1, self._cores - 1) if shares_cores else self._cores
-        self._helps = shares_cores and limit == 1
+    def __init__(self, ahead: int, *, elsewhere: int = 0, helps: bool = False) -> None:
+        self._ahead, self._cores = ahead, torch.get_num_threads()
+        limit = max(1, self._cores - elsewhere)
+        self._helps = helps and limit == 1
         self._waiting: deque[Future[Any]] = deque()
         self._calls: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()  # not begun
         self._thread = ThreadPoolExecutor(1, "embed", initializer=torch.set_num_threads, initargs=(limit,))
@@ -464,7 +468,7 @@ class Background:
             raise
 
     def __enter__(self) -> "Background":
-        if self._shares_cores:
+        if self._helps:
             torch.set_num_threads(1)
         return self
 

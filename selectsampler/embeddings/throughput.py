@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from time import perf_counter
 
 from tqdm import tqdm
@@ -33,17 +34,26 @@ class Throughput:
         self.side_by_side = side_by_side
         self.seconds: dict[str, float] = {}
         self.started = perf_counter()
+        self._lock = Lock()
+        self._busy: dict[str, tuple[int, float]] = {}  # how many threads are at a stage, and since when any is
 
     def add(self, stage: str, seconds: float) -> None:
         """Count seconds that a stage was at work, of all processes together."""
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        with self._lock:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     @contextmanager
     def timing(self, stage: str) -> Iterator[None]:
-        """Count what is done within."""
-        started = perf_counter()
+        """Count what is done within; seconds in which two threads are at one stage count once."""
+        with self._lock:
+            threads, since = self._busy.get(stage, (0, 0.0))
+            self._busy[stage] = threads + 1, since if threads else perf_counter()
         yield
-        self.add(stage, perf_counter() - started)
+        with self._lock:
+            threads, since = self._busy[stage]
+            self._busy[stage] = threads - 1, since
+        if threads == 1:
+            self.add(stage, perf_counter() - since)
 
     def summary(self, seconds: float) -> str:
         """One line; the rate of a stage is what it would have done had it never waited."""

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu
 
-from selectsampler.precision import fast_products
+from selectsampler.precision import fast_products, full_precision
 from selectsampler.validation import check_features, check_mask
 
 __all__ = ["intactness"]
 
-FEWEST = 30  # twins; from fewer nothing can be learned
+FEWEST = 30  # images that have twins; from fewer nothing can be learned
 FOLDS = 4
 HIDDEN = 128
 STEPS = 500
@@ -57,7 +57,7 @@ def intactness(
         (N,), float32, on the device of the input.
 
     Raises:
-        ValueError: if there are no statistics, shapes do not fit, or there are fewer than 30 twins.
+        ValueError: if there are no statistics, shapes do not fit, or fewer than 30 images have twins.
     """
     samples = _check(image_statistics, twins, twin_statistics)
     if eligible is None:
@@ -65,10 +65,11 @@ def intactness(
     check_mask(eligible, name="eligible", samples=samples)
     known = eligible[twins[:, 0]]
     twins, twin_statistics = twins[known], twin_statistics[known]
-    if len(twins) < FEWEST:
+    originals = len(twins[:, 0].unique())
+    if originals < FEWEST:
         raise ValueError(
-            f"There are {len(twins)} damaged twins, but {FEWEST} are needed to learn from. embed() makes one of every "
-            "fourth image: embed more images, or leave this score out."
+            f"There are damaged twins of {originals} images, but {FEWEST} are needed to learn from. embed() makes one "
+            "of every fourth image: embed more images, or leave this score out."
         )
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, samples)).generate_state(1)[0]))
     scaled = _scaling(image_statistics[eligible])
@@ -92,6 +93,8 @@ def _check(image_statistics: Tensor, twins: Tensor, twin_statistics: Tensor) -> 
         raise ValueError(f"twins must be int64 of shape ({len(twin_statistics)}, 2), not {tuple(twins.shape)}.")
     if len(twins) and not 0 <= int(twins[:, 0].min()) <= int(twins[:, 0].max()) < len(image_statistics):
         raise ValueError(f"twins[:, 0] must lie in [0, {len(image_statistics)}), the rows of image_statistics.")
+    if len(twins) and int(twins[:, 1].min()) < 0:
+        raise ValueError(f"twins[:, 1] holds {int(twins[:, 1].min())}, but kinds of damage are numbered from 0.")
     return len(image_statistics)
 
 
@@ -177,11 +180,12 @@ def _logits(weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
 def _evidence(weights: Sequence[Tensor], inputs: Tensor, folds: Tensor) -> Tensor:
     """(n,): log of p(damaged, in whatever way) / p(intact), each row by the network of its fold."""
     result = torch.zeros(len(inputs), device=inputs.device)
-    for fold in range(FOLDS):
-        rows = (folds == fold).nonzero()[:, 0]
-        own = [weight[fold : fold + 1] for weight in weights]
-        for chunk in rows.split(65536):
-            result[chunk] = _logits(own, inputs[chunk][None])[0].logsumexp(dim=1)
+    with full_precision():
+        for fold in range(FOLDS):
+            rows = (folds == fold).nonzero()[:, 0]
+            own = [weight[fold : fold + 1] for weight in weights]
+            for chunk in rows.split(65536):
+                result[chunk] = _logits(own, inputs[chunk][None])[0].logsumexp(dim=1)
     return result
 
 

@@ -255,7 +255,9 @@ def _intactness(source: Embeddings, seed: int) -> dict[str, Tensor]:
     if source.image_statistics is None or source.twins is None or source.twin_statistics is None:
         return {}
     originals = source.twins[:, 0]
-    if len(originals if source.readable is None else originals[source.readable[originals]]) < FEWEST:
+    if source.readable is not None:
+        originals = originals[source.readable[originals]]
+    if len(originals.unique()) < FEWEST:
         return {}
     return {
         "intactness": intactness(
