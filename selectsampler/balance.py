@@ -12,7 +12,6 @@ from torch import Tensor
 
 from selectsampler.optimizers import apportion
 from selectsampler.scores.table import TRUSTED, Scores
-from selectsampler.validation import check_labels
 
 __all__ = ["Quotas", "Shares", "class_quotas", "share_ranges"]
 
@@ -99,14 +98,23 @@ def share_ranges(groups: Tensor, shares: Shares, budget: int, samples: int) -> t
     Shares are exact decimals, as `keep` is: 0.29 of 100 samples are 29, and a range that holds no whole number is
     refused.
     """
-    check_labels(groups, samples=samples)
-    number_of_groups = max(int(groups.max()), *shares, 0) + 1 if shares else int(groups.max()) + 1
+    if not isinstance(groups, Tensor) or groups.dtype != torch.int64 or groups.shape != (samples,):
+        raise ValueError(f"groups must be an int64 tensor of shape ({samples},): the group of each sample.")
+    if samples and int(groups.min()) < 0:
+        raise ValueError(f"groups holds {int(groups.min())}, but groups are numbered from 0.")
+    number_of_groups = int(groups.max()) + 1
     lowest = torch.zeros(number_of_groups, dtype=torch.int64)
     highest = torch.full((number_of_groups,), budget)
-    for group, (low, high) in shares.items():
-        if not isinstance(group, Integral) or group < 0:
-            raise ValueError(f"shares names a group {group!r}, but groups are whole numbers from 0.")
-        least, most = Fraction(str(low)), Fraction(str(high))
+    for group, share in shares.items():
+        if not isinstance(group, Integral) or not 0 <= group < number_of_groups:
+            raise ValueError(
+                f"shares names a group {group!r}, but groups are numbered from 0 to {number_of_groups - 1}."
+            )
+        try:
+            low, high = share
+            least, most = Fraction(str(low)), Fraction(str(high))
+        except (TypeError, ValueError):
+            raise ValueError(f"shares[{group}] is {share!r}, but it must be a pair: (lowest, highest).") from None
         if not 0 <= least <= most <= 1:
             raise ValueError(f"shares[{group}] is ({low}, {high}), but it must be a range within [0, 1].")
         lowest[group], highest[group] = math.ceil(least * budget), math.floor(most * budget)

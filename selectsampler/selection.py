@@ -237,9 +237,11 @@ def select(
             next best; near-duplicates of a more trusted sample (their `trusted_diversity` is 0) count as barely
             trusted. `exact`, the optimum of utility; `group`, greedy on utility and coverage, with a bound on what any
             subset could reach; `straight_through`, the paper's gradient optimizer, cut to the exact size. `auto` is
-            `draw` where the scores hold trust, without `score_weights` or `shares`; else `exact`.
+            `draw` where the scores hold trust, without `score_weights`; else `exact`.
         risk: of method `draw`: how many more of the selected labels may be wrong, as a share and in expectation, than
-            in the safest selection (`safe_limit`); 0 is that selection, 1 draws from all.
+            in the safest selection under the same quotas (`safe_limit`); 0 is that selection, 1 draws from all.
+            Damaged images and near-duplicates give way whatever it is, which can cost safe labels: what both come to
+            stands in the provenance as `wrong_labels`.
         image_features: (N, D), of method `group`: the space to cover; by default that of the embeddings that were
             scored, which saved scores lack: then pass `embeddings.image`.
         coverage_weight: of method `group`: what it is worth to bring a trusted sample from nowhere to being kept.
@@ -259,7 +261,7 @@ def select(
     eligible = _eligible(table, budget)
     features = table.image_features if image_features is None else image_features
     if method == "auto":
-        method = "draw" if "trust" in table.columns and score_weights is None and shares is None else "exact"
+        method = "draw" if "trust" in table.columns and score_weights is None else "exact"
     if method == "draw" and score_weights is not None:
         raise ValueError("method='draw' knows no score_weights: use method='exact' or 'group'.")
     if score_weights is None and isinstance(scores, Scores):
@@ -268,16 +270,17 @@ def select(
     if (groups is None) != (shares is None):
         raise ValueError("groups and shares go together: which group a sample is of, and which share a group may have.")
     if groups is not None and shares is not None:
-        if balance not in ("auto", None) or method != "exact":
-            raise ValueError("shares replace balance, and go with method='exact' only.")
-        solved = _within_shares(problem, groups, shares)
+        if balance not in ("auto", None) or method not in ("draw", "exact"):
+            raise ValueError("shares replace balance, and go with method='draw' and method='exact' only.")
+        solved = _within_shares(problem, groups, shares, risk if method == "draw" else None, seed)
     else:
         by_default = None if method == "straight_through" else balance  # which knows no quotas
         quotas = class_quotas(table, by_default if balance == "auto" else balance, budget, eligible)
+        labels = None if quotas is None else problem.labels
         if method == "draw":
-            solved = _drawn(problem, quotas, risk, seed)
+            solved = _drawn(problem, labels, quotas, risk, seed)
         elif method == "exact":
-            solved = _exactly(problem, quotas)
+            solved = _exactly(problem, labels, quotas)
         elif method == "straight_through":
             solved = _straight_through(problem, quotas, progress=progress)
         elif method == "group":
@@ -348,26 +351,26 @@ class _Solved:
     details: dict[str, Any]
 
 
-def _drawn(problem: _Problem, quotas: Tensor | None, risk: float, seed: int) -> _Solved:
+def _drawn(problem: _Problem, groups: Tensor | None, quotas: Tensor | None, risk: float, seed: int) -> _Solved:
     columns = problem.table.columns
     if "trust" not in columns:
         raise ValueError("method='draw' needs the score 'trust': score() gives it where there are two classes or more.")
     trust = problem.of_eligible(columns["trust"]).double()
-    limit = safe_limit(trust, problem.budget, risk)
+    limit = safe_limit(trust, problem.budget, risk, groups=groups, quotas=quotas)
     worth = trust.clamp(max=limit)
     if "trusted_diversity" in columns:
         repeated = problem.of_eligible(columns["trusted_diversity"]) == 0
         worth[repeated] = worth[repeated].clamp(max=TRUSTED)
     if "intactness" in columns:
         worth += problem.of_eligible(columns["intactness"]).clamp(max=INTACT)
-    groups = None if quotas is None else problem.labels
     chosen = draw(worth, problem.budget, groups=groups, quotas=quotas, seed=seed)
-    details = {"risk": risk, "safe_limit": limit, "safe": int((trust >= limit).sum())}
-    return _Solved(chosen, problem.worth(chosen), _exactly(problem, quotas).objective, details)
+    safest = top_k(trust, problem.budget, groups=groups, quotas=quotas)
+    wrong = {name: float((1 - trust[rows]).mean()) for name, rows in (("of_safest", safest), ("expected", chosen))}
+    details = {"risk": risk, "safe_limit": limit, "safe": int((trust >= limit).sum()), "wrong_labels": wrong}
+    return _Solved(chosen, problem.worth(chosen), _exactly(problem, groups, quotas).objective, details)
 
 
-def _exactly(problem: _Problem, quotas: Tensor | None) -> _Solved:
-    groups = None if quotas is None else problem.labels
+def _exactly(problem: _Problem, groups: Tensor | None, quotas: Tensor | None) -> _Solved:
     chosen = top_k(problem.utility, problem.budget, groups=groups, quotas=quotas)
     objective = problem.worth(chosen)
     return _Solved(chosen, objective, objective, {})
@@ -383,7 +386,7 @@ def _straight_through(problem: _Problem, quotas: Tensor | None, *, progress: boo
     return _Solved(
         result.indices,
         objective,
-        _exactly(problem, None).objective,
+        _exactly(problem, None, None).objective,
         details | {"converged": result.converged, "loss_curve": curve},
     )
 
@@ -412,14 +415,20 @@ def _as_group(
     return _Solved(result.indices, result.objective, result.bound, {"coverage_weight": coverage_weight})
 
 
-def _within_shares(problem: _Problem, groups: Tensor, shares: Shares) -> _Solved:
+def _within_shares(problem: _Problem, groups: Tensor, shares: Shares, risk: float | None, seed: int) -> _Solved:
+    """The optimum within the ranges; with a risk, a draw that takes as many of each group as the optimum does."""
     lowest, highest = share_ranges(groups, shares, problem.budget, len(problem.table))
-    ranges = {"groups": problem.of_eligible(groups), "lowest": lowest, "highest": highest}
+    groups = problem.of_eligible(groups)
+    ranges = {"groups": groups, "lowest": lowest, "highest": highest}
     chosen = top_k_in_ranges(problem.utility, problem.budget, **ranges)
-    objective = problem.worth(chosen)
     price = prices(problem.utility, problem.budget, **ranges)
-    details = {"shares": {str(group): [str(low), str(high)] for group, (low, high) in shares.items()}}
-    return _Solved(chosen, objective, objective, details | {"prices": {str(g): float(price[g]) for g in shares}})
+    details: dict[str, Any] = {"shares": {str(group): [str(low), str(high)] for group, (low, high) in shares.items()}}
+    details["prices"] = {str(g): float(price[g]) for g in shares}
+    best = problem.worth(chosen)
+    if risk is None:
+        return _Solved(chosen, best, best, details)
+    solved = _drawn(problem, groups, torch.bincount(groups[chosen], minlength=len(lowest)), risk, seed)
+    return _Solved(solved.chosen, solved.objective, best, details | solved.details)
 
 
 def _eligible(table: Scores, budget: int) -> Tensor | None:
@@ -441,13 +450,15 @@ def _default_weights(table: Scores) -> Mapping[str, float]:
 
 
 def _hard_but_trusted(table: Scores, indices: Tensor) -> dict[str, Any]:
-    """How many samples are surely right although they look little like their class, and how many of them stay."""
+    """Of the samples that are surely right: the quarter that looks least like its class, and how many of it stay."""
     if table.labels is None or not {"trust", "semantic_alignment"} <= table.columns.keys():
         return {}
     alignment, labels = table["semantic_alignment"].cpu(), table.labels.cpu()
-    hard = table["trust"].cpu() >= SURE
+    sure, hard = table["trust"].cpu() >= SURE, torch.zeros(len(labels), dtype=torch.bool)
     for _, rows in rows_of_groups(labels):
-        hard[rows] &= alignment[rows] <= alignment[rows].float().quantile(0.25)
+        rows = rows[sure[rows]]
+        if len(rows):
+            hard[rows] = alignment[rows] <= alignment[rows].float().quantile(0.25)
     return {"hard_but_trusted": {"there": int(hard.sum()), "kept": int(hard[indices].sum())}}
 
 

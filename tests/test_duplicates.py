@@ -54,5 +54,21 @@ def test_near_images_of_different_classes_are_no_duplicates():
     assert not near_duplicates(images, labels, torch.zeros(210)).any()
 
 
-def test_classes_of_one_or_two_have_no_duplicates():
-    assert not near_duplicates(torch.ones(3, 2), torch.tensor([0, 0, 1]), torch.zeros(3)).any()
+def test_a_class_of_one_has_no_duplicates_and_one_of_two_only_copies():
+    points = torch.tensor([[1.0, 0.0], [1.0, 1e-4], [1.0, 0.0], [1.0, 1e-2], [1.0, 0.0]])
+    found = near_duplicates(points, torch.tensor([0, 0, 1, 1, 2]), torch.zeros(5))
+    assert found.tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("copies", [1, 2, 9])
+@pytest.mark.parametrize("spread", [0.0, 1e-3])
+def test_where_every_image_has_copies_one_of_each_stays(copies, spread):
+    images, _, labels = random_features(samples=100, classes=4, dim=32)
+    generator = torch.Generator().manual_seed(1)
+    stored = [images + spread * torch.randn(100, 32, generator=generator) for _ in range(copies)]
+    found = near_duplicates(torch.cat([images, *stored]), labels.repeat(copies + 1), torch.zeros(100 * (copies + 1)))
+    assert found.tolist() == [False] * 100 + [True] * (100 * copies)
+
+
+def test_of_a_class_of_equals_one_stays():
+    assert near_duplicates(torch.ones(50, 3), torch.zeros(50, dtype=torch.int64), torch.zeros(50)).sum() == 49

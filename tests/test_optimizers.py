@@ -122,11 +122,24 @@ def test_a_draw_takes_every_one_of_equals_equally_often():
     data=st.data(),
 )
 def test_as_many_are_safe_as_the_risk_allows(values, risk, data):
-    k = data.draw(st.integers(1, len(values)))
-    best_first = sorted((value / 16 for value in values), reverse=True)
-    wrong = [sum(1 - p for p in best_first[:n]) / n for n in range(1, len(values) + 1)]
-    most = max(n for n in range(1, len(values) + 1) if wrong[n - 1] <= wrong[k - 1] + risk)
-    assert safe_limit(torch.tensor(values) / 16, k, risk) == best_first[most - 1]
+    groups = data.draw(st.lists(st.integers(0, 1), min_size=len(values), max_size=len(values)))
+    members = [
+        sorted((v / 16 for v, g in zip(values, groups, strict=True) if g == own), reverse=True) for own in (0, 1)
+    ]
+    quotas = [data.draw(st.integers(0, len(own))) for own in members]
+    k = sum(quotas)
+
+    def wrong(limit):
+        drawn_from = [max(q, sum(p >= limit for p in own)) for own, q in zip(members, quotas, strict=True)]
+        parts = zip(members, quotas, drawn_from, strict=True)
+        return sum(q * sum(1 - p for p in own[:n]) / n for own, q, n in parts if n)
+
+    allowed = wrong(2.0) + risk * k + 1e-6  # above all: the safest
+    lowest = min([value / 16 for value in values if wrong(value / 16) <= allowed]) if k else 1.0
+    found = safe_limit(torch.tensor(values) / 16, k, risk, groups=torch.tensor(groups), quotas=torch.tensor(quotas))
+    assert found == lowest
+    if groups == [0] * len(values):
+        assert safe_limit(torch.tensor(values) / 16, k, risk) == lowest
 
 
 @settings(deadline=None)

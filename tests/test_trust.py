@@ -1,6 +1,7 @@
 """Trust finds wrong labels of every kind, knows how many there are, and says where CLIP is no help."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -239,6 +240,47 @@ def test_shares_hold_and_have_a_price():
     assert kept.objective == pytest.approx(2.8)
 
 
+def test_within_shares_the_lot_decides_as_well():
+    generator = torch.Generator().manual_seed(0)
+    trust, groups = torch.rand(400, generator=generator), torch.arange(400) % 4
+    trust[:300] = 1.0
+    scores = Scores({"trust": trust, "trusted_diversity": torch.rand(400, generator=generator)})
+    options = {"groups": groups, "shares": {3: ("0.5", 1)}}
+    drawn = [select(scores, 0.25, seed=seed, risk=0.0, **options) for seed in (0, 1)]
+    assert [int((groups[each.indices] == 3).sum()) for each in drawn] == [50, 50]
+    assert all(trust[each.indices].min() == 1 for each in drawn)
+    assert not torch.equal(drawn[0].indices, drawn[1].indices)
+    best = select(scores, 0.25, method="exact", **options)
+    prices = [each.provenance["selection"]["prices"] for each in (best, drawn[0])]
+    assert prices[0] == prices[1]
+    assert drawn[0].objective <= drawn[0].bound == best.objective
+
+
+def test_of_the_surest_labels_the_quarter_least_like_its_class_is_counted():
+    trust = torch.tensor([1.0] * 80 + [0.3] * 320)
+    alignment = torch.cat([torch.linspace(0.5, 1.0, 80), torch.linspace(0.0, 0.4, 320)])
+    scores = Scores({"trust": trust, "semantic_alignment": alignment}, labels=torch.zeros(400, dtype=torch.int64))
+    counted = select(scores, count=40, method="exact").provenance["selection"]["hard_but_trusted"]
+    assert counted["there"] == 20
+    indices = select(scores, count=80).indices
+    assert indices.tolist() == list(range(80))
+    assert select(scores, count=80).provenance["selection"]["hard_but_trusted"]["kept"] == 20
+
+
+def test_a_thousand_noisy_classes_of_twenty_are_known():
+    generator = torch.Generator().manual_seed(0)
+    text = torch.nn.functional.normalize(torch.randn(1000, 64, generator=generator), dim=1)
+    truth = torch.arange(1000).repeat(20)
+    images = text[truth] + 0.08 * torch.randn(len(truth), 64, generator=generator)
+    labels = noise.symmetric(truth, 0.4, classes=1000, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trust = label_trust(images, text, labels)
+    right = labels == truth
+    assert roc_auc_score(right, trust.probability) > 0.97
+    assert trust.noise_rate == pytest.approx(0.4, abs=0.04)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -246,10 +288,10 @@ def test_shares_hold_and_have_a_price():
         ({"groups": torch.zeros(6, dtype=torch.int64), "shares": {0: (0.6, 0.5)}}, r"shares\[0\] is \(0.6, 0.5\)"),
         ({"groups": torch.zeros(6, dtype=torch.int64), "shares": {0: ("0.3", "0.4")}}, "no whole number lies within"),
         ({"groups": torch.arange(6) % 2, "shares": {0: (0.9, 1)}}, "Group 0 is to give 4 samples or more"),
-        (
-            {"groups": torch.arange(6) % 2, "shares": {0: (0, 1)}, "balance": "given"},
-            "shares replace balance",
-        ),
+        ({"groups": torch.arange(6) % 2, "shares": {0: (0, 1)}, "balance": "given"}, "shares replace balance"),
+        ({"groups": torch.arange(6) % 2, "shares": {7: (0, 1)}}, "a group 7, but groups are numbered from 0 to 1"),
+        ({"groups": torch.arange(6) % 2, "shares": {0: 0.5}}, r"shares\[0\] is 0.5, but it must be a pair"),
+        ({"groups": torch.arange(5) % 2, "shares": {0: (0, 1)}}, r"groups must be an int64 tensor of shape \(6,\)"),
         ({"method": "group"}, "pass image_features=embeddings.image"),
     ],
 )

@@ -9,7 +9,8 @@ from selectsampler.validation import check_features, check_labels, check_vector
 
 __all__ = ["near_duplicates"]
 
-NEAR = 0.1  # of the median distance to the nearest preferred sample of the class
+NEAR = 0.1  # of the usual distance to the nearest preferred sample of the class
+COPY = 1e-3  # between directions: float16 features cannot tell such images apart
 BLOCK = 2**23  # entries of a block of products: 32 MiB
 
 
@@ -21,8 +22,10 @@ def near_duplicates(image_features: Tensor, labels: Tensor, preference: Tensor) 
     tensor([ True, False, False, False])
 
     A sample is a near-duplicate if it lies nearer to a sample of its class with a higher preference (of equals, the one
-    that stands first) than a tenth of what is usual in the class: the median of that distance. Distances are Euclidean,
-    between directions. Of a group of near-duplicates exactly one stays, unless they form a chain.
+    that stands first) than 0.001, or than a tenth of what is usual in the class: the median of that distance, of those
+    above a tenth of the class's spread (the root mean square distance of two of its samples), so that it holds where
+    every image has copies. Distances are Euclidean, between directions. Of a group of near-duplicates exactly one
+    stays, unless they form a chain.
 
     Args:
         image_features: (N, D), floating point, of any length but zero.
@@ -43,11 +46,18 @@ def near_duplicates(image_features: Tensor, labels: Tensor, preference: Tensor) 
     by_class = by_preference[labels[by_preference].argsort(stable=True)]
     with full_precision():
         for rows in by_class.split(labels.bincount().tolist()):
-            if len(rows) > 2:  # of two there is no usual distance
+            if len(rows) > 1:
                 directions = normalize(image_features[rows].float(), dim=1)
                 distance = _to_nearest_before(directions)
-                repeated[rows[1:]] = distance < NEAR * distance.median()
+                repeated[rows[1:]] = distance < max(COPY, NEAR * _usual(distance, directions))
     return repeated
+
+
+def _usual(distance: Tensor, directions: Tensor) -> float:
+    """The median distance of those that are no copies; 0 where a class has nothing else, or two samples only."""
+    spread = float((2 - 2 * directions.mean(dim=0).square().sum()).clamp(min=0).sqrt())
+    others = distance[distance > NEAR * spread]
+    return float(others.median()) if len(others) and len(distance) > 1 else 0.0
 
 
 def _to_nearest_before(directions: Tensor) -> Tensor:

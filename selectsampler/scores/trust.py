@@ -116,8 +116,10 @@ def label_trust(
     check_labels(labels, samples=samples, classes=classes)
     if classes < 2:
         raise ValueError("There is one class only, so that no label can be wrong. Trust needs at least two.")
-    if not 2 <= folds <= samples:
-        raise ValueError(f"folds is {folds}, but it must lie between 2 and the {samples} samples.")
+    if folds != int(folds) or not 2 <= folds <= samples:
+        raise ValueError(f"folds is {folds}, but it must be a whole number from 2 to the {samples} samples.")
+    if class_names is not None and len(class_names) != classes:
+        raise ValueError(f"There are {len(class_names)} class names, but text_features names {classes} classes.")
     if temperature is not None and not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, but it must be positive; 0.01 is usual. None: it is fitted.")
     with full_precision():
@@ -276,7 +278,8 @@ def _unknown_classes(data: Data, class_names: Sequence[str] | None) -> tuple[int
     sizes = found.sum(dim=1)
     chance = found.sum(dim=0) / len(data)
     margin = torch.maximum(0.1 * (1 - chance), 3 * (chance * (1 - chance) / sizes.clamp(min=1)).sqrt())
-    hardly = (sizes >= 10) & (found.diagonal() / sizes.clamp(min=1) < chance + margin)
+    hits = found.diagonal() + 2 * found.diagonal().sqrt()  # as many as there may be but for bad luck: few are few
+    hardly = (sizes >= 10) & (hits < (chance + margin) * sizes)
     unknown = tuple(hardly.nonzero()[:, 0].tolist())
     if unknown:
         names = ", ".join(str(number if class_names is None else class_names[number]) for number in unknown[:5])
