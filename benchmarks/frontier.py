@@ -8,9 +8,11 @@ labelled. Noise: the share of wrong labels among the kept. Diversity: mean SDS (
 kept right-labelled samples over that of all right-labelled. Coverage: mean distance of every right-labelled sample to
 its nearest kept right-labelled one of its class, over that of a random right-labelled subset of the same size (lower is
 better). Trust and oracle are curves over the weight of diversity, read off where their diversity is the paper's or
-zero-shot's; `ours` is what `select` does by default, a draw among what is safe; `covering` maximises trust and
-coverage. The oracle is a linear head cross-fitted on the true labels, whose posterior goes through the same transition
-matrix and the same diversity.
+zero-shot's; `ours` is the draw that `select` makes by default, `covering` maximises trust and coverage, both by trust
+alone and under those quotas. `presets.default` and `presets.paper` are what a user gets: all of their scores, their own
+quotas or none. The certificate is that of pure coverage (no utility) of what is trusted: how far below its upper bound
+the greedy subset lies, over how far below a random one does. The oracle is a linear head cross-fitted on the true
+labels, whose posterior goes through the same transition matrix and the same diversity.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import selectsampler as ss
-from selectsampler.optimizers import apportion, top_k
+from selectsampler.optimizers import apportion, group, top_k
 from selectsampler.scores import label_trust, sample_diversity, semantic_alignment
 
 NOISES = ("symmetric:0.2", "symmetric:0.4", "asymmetric:0.4")
@@ -75,6 +77,7 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> list[dict[str, A
     seconds = time.perf_counter() - start
     methods = utilities(embeddings, labels, trust, seed)
     judge = Judge(embeddings, labels, seed)
+    presets = {name: preset_scores(embeddings.with_labels(labels), name, seed) for name in ("default", "paper")}
     rows = []
     for kept in KEPT:
         count = int(kept * len(labels))
@@ -88,9 +91,38 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> list[dict[str, A
         for name, method in (("ours", "auto"), ("covering", "group")):
             chosen = ss.select(scores, str(kept), balance="given", method=method, seed=seed, progress=False)
             points[name] = judge(chosen.indices)
+        for name, scored in presets.items():
+            steps = getattr(ss.presets, name)["select"]
+            chosen = ss.select(scored, str(kept), seed=seed, progress=False, **steps)
+            points[f"presets.{name}"] = judge(chosen.indices)
         rows.append({"noise": spec, "kept": kept, "seed": seed, "points": points, "trust_seconds": seconds})
+        if kept == KEPT[0]:
+            rows[-1]["certificate"] = certificate(embeddings.image, labels, trust.probability, quotas, seed)
         rows[-1]["noise_rate"] = {"estimated": trust.noise_rate, "true": float((labels != truth).float().mean())}
     return rows
+
+
+def preset_scores(embeddings: ss.Embeddings, name: str, seed: int) -> ss.Scores:
+    """What a preset selects by."""
+    steps = getattr(ss.presets, name)
+    adapted = ss.adapt(embeddings, seed=seed, progress=False, **steps["adapt"])
+    return ss.score(adapted, seed=seed, progress=False, **steps["score"])
+
+
+def certificate(features: Tensor, labels: Tensor, trust: Tensor, quotas: Tensor, seed: int) -> float:
+    """(bound - value) / (bound - value of a random subset), of pure coverage of what is trusted."""
+    weights, count = trust * (trust >= 0.5), int(quotas.sum())
+    nothing = torch.zeros(len(labels))
+    options = {"labels": labels, "groups": labels, "quotas": quotas}
+    result = group(nothing, features, count, weights=weights, coverage_weight=1.0, progress=False, **options)
+    chance = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed))
+    random = top_k(chance, count, groups=labels, quotas=quotas)
+    directions, value = normalize(features.float(), dim=1), 0.0
+    for label in range(len(quotas)):
+        kept, rows = random[labels[random] == label], (labels == label).nonzero()[:, 0]
+        cosine = torch.cat([(part @ directions[kept].T).amax(dim=1) for part in directions[rows].split(2048)])
+        value += float((weights[rows] * (1 - (2 - 2 * cosine).clamp(min=0).sqrt() / 2)).sum())
+    return (result.bound - result.objective) / (result.bound - value)
 
 
 def utilities(embeddings: ss.Embeddings, labels: Tensor, trust: Any, seed: int) -> dict[str, Tensor]:
@@ -161,8 +193,8 @@ def table(results: dict[str, Any]) -> str:
         "zero-shot probability (d').",
         "",
         "| noise | kept | the paper, at d | trust at d | oracle at d | gap closed | zero-shot, at d' | trust at d' | "
-        "oracle at d' |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "oracle at d' | coverage: the paper's | trust's at d |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     cells = [(spec, kept) for spec in NOISES for kept in KEPT]
     for spec, kept in cells:
@@ -177,9 +209,18 @@ def table(results: dict[str, Any]) -> str:
             means[base] = np.mean(own), np.mean(curves["trust"]), np.mean(curves["oracle"])
         paper, trust, oracle = means["the paper"]
         line.insert(5, f"{(paper - trust) / (paper - oracle):.0%}" if paper > oracle else "-")
-        lines.append("| " + " | ".join(line) + " |")
+        covers = [interval([p["the paper"]["coverage"] for p in points])]
+        covers.append(interval([at(p, "trust", p["the paper"]["diversity"], "coverage") for p in points]))
+        lines.append("| " + " | ".join(line + covers) + " |")
     names = ("random", "the paper", "zero-shot", "ours", "covering", f"trust {DIVERSE}", f"oracle {DIVERSE}")
-    lines += ["", "Noise in % / diversity / coverage (`ours` is the default, `covering` is method='group'):", ""]
+    names += ("presets.default", "presets.paper")
+    ratios = {
+        spec: [r["certificate"] for r in results["rows"] if r["noise"] == spec and "certificate" in r]
+        for spec in NOISES
+    }
+    lines += ["", "Pure coverage at 30 %, (bound - value) / (bound - value of a random subset): "]
+    lines[-1] += ", ".join(f"{spec} {interval(values, 3)}" for spec, values in ratios.items()) + "."
+    lines += ["", "Noise in % / diversity / coverage (`ours`, `covering`, `presets`: see benchmarks/frontier.py):", ""]
     lines += ["| noise | kept | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for spec, kept in cells:
         points = [row["points"] for row in results["rows"] if (row["noise"], row["kept"]) == (spec, kept)]

@@ -5,7 +5,8 @@
 Files 0000 to 2499 of each class of CIFAR-10's training set (the CLIP that the committed results were made with was
 pretrained on the others), as they are and with inverted colours, where that CLIP is off its domain. AUROC of right over
 wrong labels: by the zero-shot posterior of the label, by a cross-validated linear head trained on the labels as given,
-and trust; trust's expected calibration error in 15 bins; the noise rate that it estimates. `instance` noise follows
+and trust; trust's expected calibration error in 15 bins, with a picture of the bins (mean trust against the share of
+right labels, all seeds together); the noise rate that it estimates. `instance` noise follows
 the very features that trust sees; `confusable` noise is that of a poor observer, who sees cheap image statistics only.
 Interrupted, the same command goes on with what is missing.
 """
@@ -33,13 +34,14 @@ DOMAINS = {"as they are": None, "colours inverted": ImageOps.invert}
 NOISES = ("none", "symmetric:0.1", "symmetric:0.2", "symmetric:0.4", "symmetric:0.6", "asymmetric:0.4", "pair:0.3",
           "instance:0.2", "instance:0.4", "confusable:0.2", "confusable:0.4")  # fmt: skip
 EVIDENCE = ("zero-shot", "linear head", "trust")
+BINS, FEWEST = 15, 30  # of trust; samples of a bin that is drawn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as a zip of an image folder")
     parser.add_argument("--clip", required=True)
-    parser.add_argument("--out", type=Path, required=True, help="JSON; the table goes beside it as .md")
+    parser.add_argument("--out", type=Path, required=True, help="JSON; .md and .png go beside it")
     parser.add_argument("--cache-dir", type=Path)
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
     arguments = parser.parse_args()
@@ -56,6 +58,7 @@ def main() -> None:
                     results["rows"].append(row)
                     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     arguments.out.with_suffix(".md").write_text(table(results))
+    plot(results, arguments.out.with_suffix(".png"))
     print(table(results))
 
 
@@ -88,6 +91,7 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> dict[str, Any]:
     return {
         "auroc": auroc,
         "calibration_error": calibration_error(trust.probability, right),
+        "bins": calibration_bins(trust.probability, right),
         "estimated": trust.noise_rate,
         "true": float((~right).float().mean()),
         "seconds": seconds,
@@ -109,11 +113,39 @@ def confusable(truth: Tensor, statistics: Tensor, rate: float, seed: int) -> Ten
     return labels
 
 
-def calibration_error(probability: Tensor, right: Tensor, bins: int = 15) -> float:
-    """Mean over samples of |mean probability - share of right labels| of their bin."""
+def calibration_bins(probability: Tensor, right: Tensor, bins: int = BINS) -> list[list[float]]:
+    """Of each bin of trust: samples, their sum of trust, and right labels among them."""
     which = (probability.double() * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, probability.double() - right.double())
-    return float(gaps.abs().sum() / len(right))
+    parts = (torch.ones_like(which), probability, right)
+    sums = [torch.zeros(bins, dtype=torch.float64).index_add_(0, which, part.double()) for part in parts]
+    return torch.stack(sums, dim=1).tolist()
+
+
+def calibration_error(probability: Tensor, right: Tensor) -> float:
+    """Mean over samples of |mean probability - share of right labels| of their bin."""
+    return sum(abs(trust - hits) for _, trust, hits in calibration_bins(probability, right)) / len(right)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """The reliability curve of every setting: the share of right labels against mean trust, a bin a point."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6))
+    for column, images in enumerate(DOMAINS):
+        axes = figure.add_subplot(1, len(DOMAINS), 1 + column)
+        axes.plot([0, 1], [0, 1], "k:")
+        for spec in NOISES:
+            own = [row["bins"] for row in results["rows"] if (row["images"], row["noise"]) == (images, spec)]
+            if own and spec != "none":
+                count, trust, hits = np.sum(own, axis=0).T
+                seen = count >= FEWEST
+                axes.plot(trust[seen] / count[seen], hits[seen] / count[seen], ".-", label=spec)
+        axes.set_title(images)
+        axes.set_xlabel("mean trust of a bin")
+        axes.set_ylabel("share of right labels")
+    figure.axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
 
 
 def table(results: dict[str, Any]) -> str:
