@@ -41,6 +41,8 @@ def intactness(
     cancels what the image shows, so that a rare image is no suspect, and holds where many images of the data set are
     damaged already: it is hardly told that they are intact, only that their twins are worse. Statistics of many images
     thrown together stand for damage of an unknown kind. No image is judged by a network that saw it or its twin.
+    CLIP's features take no part: they tell what an image shows, which the comparison with its twin is to cancel, and
+    those of the twins would cost a second pass of the encoder.
 
     Limits: it sees what the statistics see, not content: an image of something else is intact. Damage unlike that of
     all twins is found less surely, or not at all; so is all damage where there are only a few hundred twins. Where one
