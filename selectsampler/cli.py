@@ -131,6 +131,7 @@ def _add_select(verbs: Any) -> None:
         help="(%(default)s: draw, by lot among what is safe, if trust is known and no weights are given)",
     )
     verb.add_argument("--seed", type=int, default=0, help="of method draw (%(default)s)")
+    verb.add_argument("--risk", type=float, default=0.005, help="wrong labels that method draw may add (%(default)s)")
     verb.add_argument("--embeddings", type=Path, metavar="FILE", help="what was scored: what method group is to cover")
     verb.set_defaults(run=_select)
 
@@ -215,6 +216,7 @@ def _select(arguments: argparse.Namespace) -> None:
         method=arguments.method,
         image_features=None if arguments.embeddings is None else Embeddings.load(arguments.embeddings).image,
         seed=arguments.seed,
+        risk=arguments.risk,
     )
     selection.save(arguments.out)
     _tell(f"{selection}: {arguments.out}")

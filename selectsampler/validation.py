@@ -1,7 +1,7 @@
 """Checks of what a caller hands over. Each raises a ValueError that names the first bad entry and the way out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from numbers import Integral
 
@@ -84,6 +84,7 @@ def check_classes(class_names: Sequence[str], labels: Tensor) -> None:
     if (
         class_names is None
         or isinstance(class_names, str)
+        or not isinstance(class_names, Iterable)
         or not all(isinstance(name, str) and name.strip() for name in class_names)
     ):
         raise ValueError(f"class_names must be a sequence of non-empty strings, one a class, not {class_names!r:.100}.")

@@ -68,6 +68,16 @@ def test_weights_and_count_reach_the_selection(tmp_path):
     assert Selection.load(out).indices.tolist() == [0]
 
 
+def test_risk_and_seed_reach_the_draw(tmp_path):
+    Scores({"trust": torch.linspace(0.5, 1.0, 200)}).save(tmp_path / "s.st")
+    drawn = []
+    for number, options in enumerate((["--risk", 0], ["--risk", 1], ["--risk", 1, "--seed", 7])):
+        assert run("select", tmp_path / "s.st", "--keep", "0.5", *options, "--out", tmp_path / f"{number}.st") == 0
+        drawn.append(Selection.load(tmp_path / f"{number}.st").indices.tolist())
+    assert drawn[0] == list(range(100, 200))
+    assert drawn[1] not in (drawn[0], drawn[2])
+
+
 def test_quotas_and_what_to_cover_reach_the_selection(tmp_path):
     Scores({"a": torch.arange(6.0)}, labels=torch.arange(6) % 2, class_names=["a=b", "c"]).save(tmp_path / "s.st")
     image = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.1, 1.0], [1.0, 5.0], [0.0, 1.0]])

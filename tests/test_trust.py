@@ -148,6 +148,9 @@ def test_a_label_is_judged_by_heads_that_never_saw_it():
         ({"folds": 9}, "folds is 9.*the 4 samples"),
         ({"labels": torch.tensor([0, 1, 2, 7])}, r"labels\[3\] is 7"),
         ({"image_features": torch.zeros(4, DIM)}, "zero"),
+        ({"text_features": torch.eye(3, DIM).index_fill(0, torch.tensor([1]), 0.0)}, r"text_features\[1\] is zero"),
+        ({"folds": 2.5}, r"folds is 2.5, but it must be a whole number"),
+        ({"class_names": ["a"]}, "There are 1 class names, but text_features names"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):

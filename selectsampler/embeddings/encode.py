@@ -477,6 +477,8 @@ class Background:
             while self._waiting and error is None:
                 self._waiting.popleft().result()
         finally:  # also where the owner is interrupted: what is under way ends, the rest is not begun
+            for future in self._waiting:
+                future.cancel()  # or one that the owner was about to begin would be waited for
             self._thread.shutdown(cancel_futures=True)
             torch.set_num_threads(self._cores)
 

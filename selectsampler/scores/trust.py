@@ -122,6 +122,9 @@ def label_trust(
         raise ValueError(f"There are {len(class_names)} class names, but text_features names {classes} classes.")
     if temperature is not None and not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, but it must be positive; 0.01 is usual. None: it is fitted.")
+    if not text_features.any(dim=1).all():
+        row = int((~text_features.any(dim=1)).nonzero()[0])
+        raise ValueError(f"text_features[{row}] is zero, so that it has no direction. Embed the class prompts again.")
     with full_precision():
         data = Data(image_features, text_features, labels)
         unknown = _unknown_classes(data, class_names)
