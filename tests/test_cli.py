@@ -72,7 +72,8 @@ def test_risk_and_seed_reach_the_draw(tmp_path):
     Scores({"trust": torch.linspace(0.5, 1.0, 200)}).save(tmp_path / "s.st")
     drawn = []
     for number, options in enumerate((["--risk", 0], ["--risk", 1], ["--risk", 1, "--seed", 7])):
-        assert run("select", tmp_path / "s.st", "--keep", "0.5", *options, "--out", tmp_path / f"{number}.st") == 0
+        options += ["--balance", "none", "--keep", "0.5"]
+        assert run("select", tmp_path / "s.st", *options, "--out", tmp_path / f"{number}.st") == 0
         drawn.append(Selection.load(tmp_path / f"{number}.st").indices.tolist())
     assert drawn[0] == list(range(100, 200))
     assert drawn[1] not in (drawn[0], drawn[2])
