@@ -24,7 +24,7 @@ DIM = 12
 @pytest.fixture
 def few_steps(monkeypatch):
     """Enough for a dozen statistics."""
-    monkeypatch.setattr(damage, "STEPS", 150)
+    monkeypatch.setattr(damage, "ROUNDS", ((80, 1.0), (80, 0.5), (80, 0.5), (150, 0.7)))
 
 
 def damaged(statistics, kind, generator):
@@ -82,7 +82,7 @@ def test_a_rare_intact_class_is_no_suspect(few_steps):
 
 
 def test_the_same_seed_gives_the_same_bits_and_draws_nothing_from_the_global_generator(monkeypatch):
-    monkeypatch.setattr(damage, "STEPS", 10)
+    monkeypatch.setattr(damage, "ROUNDS", ((10, 1.0), (10, 0.7)))
     statistics, _, twins, theirs = made_pool(samples=400)
     torch.manual_seed(0)
     first = intactness(statistics, twins, theirs, seed=3)
@@ -109,7 +109,7 @@ def test_a_statistic_that_never_differs_does_no_harm(few_steps):
 
 
 def test_images_that_are_not_eligible_get_zero_and_take_no_part(monkeypatch):
-    monkeypatch.setattr(damage, "STEPS", 10)
+    monkeypatch.setattr(damage, "ROUNDS", ((10, 1.0), (10, 0.7)))
     statistics, _, twins, theirs = made_pool(samples=500)
     eligible = torch.arange(500) % 10 > 0
     noise = torch.where(eligible[:, None], statistics, 1e3 * torch.randn_like(statistics))
