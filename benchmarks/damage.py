@@ -17,11 +17,11 @@ what is found is that the traces of that are gone: damaged and then stored again
 Which families there are, how they are drawn and how the network is trained was chosen by what stays of `paper` (its
 figures are somewhat too good), and by what stays of images damaged by the families themselves, with and without their
 twins; `other` chose nothing in this, save that it was known that an earlier version, without the last four families,
-left 28 % of jpeg, 36 % of brightness, 7 % of snow and 16 % of pixelation. That networks are trained in four rounds was
-chosen by what stays of each of the paper's kinds alone, on 10,000 images, with an eye on `other`. A run was stopped before `other`, as 6.4 % of
-the occluded images stayed in seed 1 of `paper`; covers were made black or white more often then. Only files 0000
-to 2499 of each class of CIFAR-10's training set are used: the CLIP that the committed results were made with was
-pretrained on the others.
+left 28 % of jpeg, 36 % of brightness, 7 % of snow and 16 % of pixelation. That networks are trained in four rounds
+was chosen by what stays of each of the paper's kinds alone, on 10,000 images, with an eye on `other`. A run was
+stopped before `other`, as 6.4 % of the occluded images stayed in seed 1 of `paper`; covers were made black or white
+more often then. Only files 0000 to 2499 of each class of CIFAR-10's training set are used: the CLIP that the
+committed results were made with was pretrained on the others.
 """
 
 import argparse

@@ -24,7 +24,7 @@ DIM = 12
 @pytest.fixture
 def few_steps(monkeypatch):
     """Enough for a dozen statistics."""
-    monkeypatch.setattr(damage, "ROUNDS", ((80, 1.0), (80, 0.5), (80, 0.5), (150, 0.7)))
+    monkeypatch.setattr(damage, "ROUNDS", ((150, 1.0), (150, 0.5), (300, 0.75)))
 
 
 def damaged(statistics, kind, generator):
