@@ -67,7 +67,7 @@ def test_a_pool_without_damage_is_hardly_flagged(few_steps):
     assert float((intactness(statistics, twins, theirs) < 0.5).float().mean()) < 0.03
 
 
-def test_a_rare_intact_class_is_no_suspect(few_steps):
+def test_a_rare_intact_class_is_no_suspect():
     """Three percent of the images lie where no other does, and are as whole as any."""
     statistics, intact, twins, theirs = made_pool(share=0.2)
     rare = torch.zeros_like(intact)
