@@ -177,10 +177,11 @@ def table(results: dict[str, Any]) -> str:
             own = [row for row in here if row["method"] == name]
             if own:
                 gains = [row["accuracy"] - paper[row["seed"]] for row in own if row["seed"] in paper]
+                gain = interval(gains) if gains and name != "the paper" else ""
                 wrong, distance = (np.mean([row[figure] for row in own]) for figure in ("wrong", "coverage"))
                 lines.append(
                     f"| {spec} | {kept:.0%} | {name} | {len(own)} | {interval([row['accuracy'] for row in own])} | "
-                    f"{'' if name == 'the paper' or not gains else '+' * (np.mean(gains) >= 0) + interval(gains)} | "
+                    f"{'+' if gain and np.mean(gains) >= 0 else ''}{gain} | "
                     f"{wrong:.2f} | {distance:.3f} |"
                 )
     return "\n".join(lines) + "\n"
