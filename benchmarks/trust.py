@@ -135,7 +135,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes = figure.add_subplot(1, len(DOMAINS), 1 + column)
         axes.plot([0, 1], [0, 1], "k:")
         for spec in NOISES:
-            own = [row["bins"] for row in results["rows"] if (row["images"], row["noise"]) == (images, spec)]
+            here = [row for row in results["rows"] if (row["images"], row["noise"]) == (images, spec)]
+            own = [row["bins"] for row in here if "bins" in row]
             if own and spec != "none":
                 count, trust, hits = np.sum(own, axis=0).T
                 seen = count >= FEWEST

@@ -22,7 +22,7 @@ __all__ = ["Adapted", "adapt", "info_nce_loss", "prompt_loss"]
 
 BLOCK = 8192  # rows whose adapted features are held at once
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cross_fit": {"steps": 220, "batch_size": 256, "shrinkage": 60.0},
+    "cross_fit": {"steps": 200, "batch_size": 256, "shrinkage": 60.0},
     "info_nce": {"steps": 800, "batch_size": 512, "shrinkage": 30.0},
 }
 
@@ -121,7 +121,7 @@ def adapt(
         embeddings: of N samples; unreadable ones are left out of the training.
         method: `cross_fit`, `info_nce` or `none`.
         folds: F, from 2 to N; `cross_fit` only.
-        steps: gradient steps of each fold; by default 220 for `cross_fit` and 800 for `info_nce`.
+        steps: gradient steps of each fold; by default 200 for `cross_fit` and 800 for `info_nce`.
         batch_size: samples a step (all, if there are fewer); by default 256 for `cross_fit` and 512 for `info_nce`.
         learning_rate: Adam's first rate; it decays to zero along a cosine.
         robustness: in [0, 1]; 0 trusts every label. `cross_fit` only.
