@@ -251,8 +251,8 @@ class _Heads:
     def _gradients(self, rows: Tensor, label_columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of the mean negative log-likelihood of the labels of a batch: to weight, bias and trust_in_prompts.
 
-        To the logits it is p(z | image) - p(z | image, y); written out, as it takes a third of autograd's time. Each
-        head leaves out the rows of its fold. One by one, so that the logits of one head are held.
+        To the logits it is p(z | image) - p(z | image, y); written out, as autograd would keep every product. Each head
+        leaves out the rows of its fold. One by one, so that the logits of one head are held.
         """
         data, (matrices, offsets) = self.data, self._linear()
         directions, fold, columns = data.directions(rows), self.fold[rows], label_columns[data.labels[rows]]
