@@ -47,8 +47,8 @@ def intactness(
 
     Limits: it sees what the statistics see, not content: an image of something else is intact. Damage unlike that of
     all twins is found less surely, or not at all; so is all damage where there are only a few hundred twins. Where one
-    kind of damage has hit many images it looks normal: of some kinds that hit one image of five, a sixth stays among the
-    best half (`benchmarks/damage.py`).
+    kind of damage has hit many images it looks normal: of some kinds that hit one image of five, a sixth stays among
+    the best half (`benchmarks/damage.py`).
 
     Args:
         image_statistics: (N, S), floating point, finite, as `embed` notes them.
