@@ -36,6 +36,8 @@ from common import linear_head
 from quality_data import CifarHalf, Digits, clock, is_damage
 from quality_tables import write_tables
 from selectsampler.recipes import noise
+from selectsampler.recipes.cifar import fastest_precision
+from selectsampler.recipes.experiment import device_name
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -406,8 +408,9 @@ def made_with() -> dict[str, Any]:
     """Versions and machine."""
     names = ("torch", "timm", "open_clip_torch", "numpy", "scikit-learn", "cleanlab")
     versions = {"python": platform.python_version(), "selectsampler": ss.__version__}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    machine = {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    precision = fastest_precision(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    machine = {"device": device_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine["precision"] = str(precision).removeprefix("torch.")
     return {"versions": versions | {name: version(name) for name in names}, "machine": machine}
 
 

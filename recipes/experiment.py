@@ -283,10 +283,17 @@ def open_report(path: Path | None, setting: dict[str, Any], packages: Sequence[M
         report = json.loads(path.read_text())
         check_setting(path, report["setting"], setting)
         return report
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    machine = {"device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine = {"device": device_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     versions = {"python": platform.python_version()} | {module.__name__: module.__version__ for module in packages}
     return {"setting": setting, "machine": machine, "versions": versions, "runs": []}
+
+
+def device_name() -> str:
+    """What trains: the GPU, or the processor by the name that torch has for it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    return known.get("cpu_name") or platform.processor() or platform.machine()
 
 
 def save_report(path: Path | None, report: dict[str, Any]) -> None:

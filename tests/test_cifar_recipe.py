@@ -172,12 +172,21 @@ def test_the_trained_network_gives_the_accuracy(data):
     assert float((logits.argmax(dim=1) == data.test_labels).float().mean()) == trained.accuracy
 
 
-@pytest.mark.parametrize("known", [{}, {"avx512_bf16": False}, {"avx512_bf16": True}])
-def test_bfloat16_is_used_on_processors_that_multiply_it(known, monkeypatch):
+@pytest.mark.parametrize(
+    ("known", "fast"),
+    [
+        ({}, False),
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, False),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),  # without AMX it is slower than float32
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, True),
+    ],
+)
+def test_bfloat16_is_used_on_processors_that_multiply_it(known, fast, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
     with cifar.mixed_precision(torch.device("cpu")):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == (torch.bfloat16 if known.get("avx512_bf16") else torch.float32)
+    assert product.dtype == (torch.bfloat16 if fast else torch.float32)
 
 
 def test_a_selection_can_follow_the_training(data):

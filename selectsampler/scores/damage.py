@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, gelu
+from torch.nn.functional import cross_entropy, gelu, logsigmoid
 
 from selectsampler.precision import fast_products, full_precision
 from selectsampler.validation import check_features, check_mask
@@ -16,12 +16,14 @@ __all__ = ["intactness"]
 FEWEST = 30  # images that have twins; from fewer nothing can be learned
 FOLDS = 4
 HIDDEN = 128
-ROUNDS = ((250, 1.0), (250, 0.5), (250, 0.5), (500, 0.8))  # steps, and the share of the images that are examples
+ROUNDS = ((250, 1.0), *[(250, 0.5)] * 4, (500, 0.8))  # steps, and the share of the images that are examples
 BATCH = 256
 LEARNING_RATE = 5e-3
 STRANGERS = 0.2  # weight of images of no known kind of damage, beside the twins
 MADE = 2**14  # such images, of which every batch draws some
 ANCHOR = 0.03  # weight of the loss that takes every image for intact; see `_loss`
+LEAST, LEAST_OF_KIND = 5e-3, 1e-3  # shares of damaged images, of all kinds and of one, below which none is estimated
+FEW = 20  # twins of one kind: with fewer it is not judged by itself
 
 
 def intactness(
@@ -41,14 +43,16 @@ def intactness(
     network learns to say which of the two, image or twin, was damaged, and how. Comparing an image with its own twin
     cancels what the image shows, so that a rare image is no suspect, and holds where many images of the data set are
     damaged already: it is hardly told that they are intact, only that their twins are worse. Statistics of many images
-    thrown together stand for damage of an unknown kind. No image is judged by a network that saw it or its twin.
+    thrown together stand for damage of an unknown kind. No image is judged by a network that saw it or its twin. The
+    answer is the mean, in log odds, of two: by all kinds together, which also finds what resembles none of them, and by
+    each kind as often as it seems to occur, which finds the one kind that has hit many images.
     CLIP's features take no part: they tell what an image shows, which the comparison with its twin is to cancel, and
     those of the twins would cost a second pass of the encoder.
 
     Limits: it sees what the statistics see, not content: an image of something else is intact. Damage unlike that of
     all twins is found less surely, or not at all; so is all damage where there are only a few hundred twins. Where one
-    kind of damage has hit many images it looks normal: of some kinds that hit one image of five, a sixth stays among
-    the best half (`benchmarks/damage.py`).
+    mild kind of damage has hit many images it looks normal, and few of them fall below 0.5, though they rank below the
+    intact ones (`benchmarks/damage.py`).
 
     Args:
         image_statistics: (N, S), floating point, finite, as `embed` notes them.
@@ -116,12 +120,31 @@ def _cross_fitted(images: Tensor, damaged: Tensor, twins: Tensor, generator: tor
     damaged in one round is no example in the next; step by step, as the first round can hardly tell.
     """
     folds = torch.randperm(len(images), generator=generator).to(images.device) % FOLDS
-    of_images = torch.zeros(len(images), device=images.device)
+    of_images = torch.zeros(len(images), 1, device=images.device)
     for steps, share in ROUNDS:
-        usable = of_images <= of_images.sort().values[math.ceil(share * len(images)) - 1]
+        suspicion = of_images.logsumexp(dim=1)
+        usable = suspicion <= suspicion.sort().values[math.ceil(share * len(images)) - 1]
         networks = _train(images, damaged, twins, folds, usable, generator, steps=steps)
         of_images = _evidence(networks, images, folds)
-    return _calibrated(of_images, _evidence(networks, damaged, folds[twins[:, 0]]))
+    of_twins = _evidence(networks, damaged, folds[twins[:, 0]])
+    together = _log_odds(of_images.logsumexp(dim=1), of_twins.logsumexp(dim=1), least=LEAST)
+    return torch.sigmoid(-(together + _by_kinds(of_images, of_twins, twins[:, 1], together)) / 2).float()
+
+
+def _by_kinds(of_images: Tensor, of_twins: Tensor, kind: Tensor, otherwise: Tensor) -> Tensor:
+    """(n,), float64: log odds of damage of any kind, each judged by its own evidence and twins; of none: `otherwise`.
+
+    Kinds are thrown together in `logsumexp` as often as there are twins of them. Here those that hardly occur count
+    little, so that intact images that look a little like one of them do not outrank those damaged by another.
+    """
+    intact = torch.zeros_like(otherwise)  # log of the probability
+    for number in range(of_images.shape[1] - 1):
+        own = kind == number
+        if int(own.sum()) >= FEW:
+            odds = _log_odds(of_images[:, number], of_twins[own, number], least=LEAST_OF_KIND)
+            intact += logsigmoid(-odds)
+    damaged = (-torch.expm1(intact.clamp(max=-1e-12))).log() - intact
+    return torch.where(intact < 0, damaged, otherwise)
 
 
 def _train(
@@ -192,14 +215,14 @@ def _logits(weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
 
 
 def _evidence(weights: Sequence[Tensor], inputs: Tensor, folds: Tensor) -> Tensor:
-    """(n,): log of p(damaged, in whatever way) / p(intact), each row by the network of its fold."""
-    result = torch.zeros(len(inputs), device=inputs.device)
+    """(n, K): log of p(damaged in this way) / p(intact) for each kind, the unknown last, by the network of the fold."""
+    result = torch.zeros(len(inputs), weights[-1].shape[-1], device=inputs.device)
     with full_precision():
         for fold in range(FOLDS):
             rows = (folds == fold).nonzero()[:, 0]
             own = [weight[fold : fold + 1] for weight in weights]
             for chunk in rows.split(65536):
-                result[chunk] = _logits(own, inputs[chunk][None])[0].logsumexp(dim=1)
+                result[chunk] = _logits(own, inputs[chunk][None])[0]
     return result
 
 
@@ -221,13 +244,14 @@ def _draw(rows: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     )
 
 
-def _calibrated(of_images: Tensor, of_twins: Tensor) -> Tensor:
-    """(n,): 1 - p(damaged), where log p / (1 - p) is linear in the evidence, as far as the median twin's.
+def _log_odds(of_images: Tensor, of_twins: Tensor, *, least: float) -> Tensor:
+    """(n,), float64: log odds of damage, linear in the evidence.
 
-    Slope and offset minimise the logistic loss of learning from positive and unlabelled examples (du Plessis et al.,
-    ICML 2015): the mean of p is the estimated share of damaged images, and their mean evidence is that of the twins.
+    Slope and offset minimise, for evidence up to the median twin's, the logistic loss of learning from positive and
+    unlabelled examples (du Plessis et al., ICML 2015): the mean probability is the estimated share of damaged images,
+    and their mean evidence is that of the twins.
     """
-    share = _share(of_images, of_twins)
+    share = _share(of_images, of_twins, least)
     plain = of_twins.median()  # beyond it evidence is as good as certain, and does not bend the curve
     images, twins = of_images.clamp(max=plain).double(), of_twins.clamp(max=plain).double()
     middle, spread = twins.mean(), twins.std() + 1e-6
@@ -241,11 +265,11 @@ def _calibrated(of_images: Tensor, of_twins: Tensor) -> Tensor:
         curvature = (inputs * (p * (1 - p))[:, None]).T @ inputs / len(images) + ridge
         beta = beta - torch.linalg.solve(curvature, gradient).clamp(-1, 1)
     slope = beta[0].clamp(min=1e-3)  # more evidence is never a better sign, whatever a handful of twins says
-    return torch.sigmoid(-(slope * (of_images.double() - middle) / spread + beta[1])).float()
+    return slope * (of_images.double() - middle) / spread + beta[1]
 
 
-def _share(of_images: Tensor, of_twins: Tensor) -> Tensor:
+def _share(of_images: Tensor, of_twins: Tensor, least: float) -> Tensor:
     """How many images are damaged: above no threshold more than there are, for each twin above it."""
     thresholds = of_twins.quantile(torch.linspace(0.1, 0.5, 20, device=of_twins.device))
     ratios = [(of_images >= t).double().mean() / (of_twins >= t).double().mean() for t in thresholds]
-    return torch.stack(ratios).min().clamp(0.005, 0.5)
+    return torch.stack(ratios).min().clamp(least, 0.5)
