@@ -25,7 +25,7 @@ def linear_head(directions: Tensor, labels: Tensor, seed: int, *, strength: floa
     fold = np.random.default_rng([seed, 8]).permutation(len(labels)) % folds
     posterior = np.empty((len(labels), int(labels.max()) + 1))
     for number in range(folds):
-        model = LogisticRegression(C=strength, max_iter=60).fit(inputs[fold != number], labels.numpy()[fold != number])
+        model = LogisticRegression(C=strength, max_iter=1000).fit(inputs[fold != number], labels.numpy()[fold != number])
         posterior[fold == number] = model.predict_proba(inputs[fold == number])
     return torch.from_numpy(posterior).float()
 

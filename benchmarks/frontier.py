@@ -8,8 +8,9 @@ labelled. Noise: the share of wrong labels among the kept. Diversity: mean SDS (
 kept right-labelled samples over that of all right-labelled. Coverage: mean distance of every right-labelled sample to
 its nearest kept right-labelled one of its class, over that of a random right-labelled subset of the same size (lower is
 better). Trust and oracle are curves over the weight of diversity, read off where their diversity is the paper's or
-zero-shot's; `ours` is the draw that `select` makes by default, `covering` maximises trust and coverage, both by trust
-alone and under those quotas. `presets.default` and `presets.paper` are what a user gets: all of their scores, their own
+zero-shot's; `covering` is a curve too, trust with a weight for diversity and twice of it for coverage, by
+`method="group"`. `ours` is the draw that `select` makes by default, by trust alone and under those quotas.
+`presets.default` and `presets.paper` are what a user gets: all of their scores, their own
 quotas or none. The certificate is that of pure coverage (no utility) of what is trusted: how far below its upper bound
 the greedy subset lies, over how far below a random one does. The oracle is a linear head cross-fitted on the true
 labels, whose posterior goes through the same transition matrix and the same diversity.
@@ -36,8 +37,9 @@ from selectsampler.scores import label_trust, sample_diversity, semantic_alignme
 NOISES = ("symmetric:0.2", "symmetric:0.4", "asymmetric:0.4")
 KEPT = (0.3, 0.5)
 WEIGHTS = (0.0, 0.003, 0.006, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
+COVERING_WEIGHTS = (0.0, 0.006, 0.012, 0.02, 0.035, 0.06)  # of diversity
 DIVERSE = 0.02  # a weight of diversity to show beside the default
-CURVES = ("trust", "oracle")
+CURVES = {"trust": WEIGHTS, "oracle": WEIGHTS, "covering": COVERING_WEIGHTS}
 Point = dict[str, float]
 
 
@@ -76,6 +78,7 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> list[dict[str, A
     )
     seconds = time.perf_counter() - start
     methods = utilities(embeddings, labels, trust, seed)
+    diversity = relative_diversity(embeddings, labels, trust.probability)
     judge = Judge(embeddings, labels, seed)
     presets = {name: preset_scores(embeddings.with_labels(labels), name, seed) for name in ("default", "paper")}
     rows = []
@@ -87,10 +90,20 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> list[dict[str, A
             return top_k(utility.double(), count, groups=labels, quotas=quotas)
 
         points = {name: judge(select(utility)) for name, utility in methods.items()}
-        scores = ss.Scores({"trust": trust.probability}, labels=labels, image_features=embeddings.image)
-        for name, method in (("ours", "auto"), ("covering", "group")):
-            chosen = ss.select(scores, str(kept), balance="given", method=method, seed=seed, progress=False)
-            points[name] = judge(chosen.indices)
+        columns = {"trust": trust.probability, "trusted_diversity": diversity}
+        scores = ss.Scores(columns, labels=labels, image_features=embeddings.image)
+        points["ours"] = judge(ss.select(scores, str(kept), balance="given", seed=seed, progress=False).indices)
+        for weight in COVERING_WEIGHTS:
+            chosen = ss.select(
+                scores,
+                str(kept),
+                balance="given",
+                method="group",
+                score_weights={"trust": 1.0, "trusted_diversity": weight},
+                coverage_weight=2 * weight,
+                progress=False,
+            )
+            points[f"covering {weight}"] = judge(chosen.indices)
         for name, scored in presets.items():
             steps = getattr(ss.presets, name)["select"]
             chosen = ss.select(scored, str(kept), seed=seed, progress=False, **steps)
@@ -142,10 +155,16 @@ def utilities(embeddings: ss.Embeddings, labels: Tensor, trust: Any, seed: int) 
     clean = linear_head(directions, embeddings.labels, seed, strength=1.0) * trust.transition.T[labels]
     oracle = clean.gather(1, labels[:, None])[:, 0] / clean.sum(dim=1)
     for name, probability in (("trust", trust.probability), ("oracle", oracle)):
-        diversity = sample_diversity(directions, labels, 49, among=probability >= 0.5)
-        relative = probability * diversity / diversity[probability >= 0.5].mean()
+        relative = relative_diversity(embeddings, labels, probability)
         result |= {f"{name} {weight}": probability + weight * relative for weight in WEIGHTS}
     return result
+
+
+def relative_diversity(embeddings: ss.Embeddings, labels: Tensor, probability: Tensor) -> Tensor:
+    """(N,): trusted diversity, by these probabilities that a label is right."""
+    directions, trusted = normalize(embeddings.image.float(), dim=1), probability >= 0.5
+    diversity = sample_diversity(directions, labels, 49, among=trusted)
+    return probability * diversity / diversity[trusted].mean()
 
 
 class Judge:
@@ -181,8 +200,31 @@ class Judge:
 
 def at(points: dict[str, Point], curve: str, diversity: float, figure: str) -> float:
     """A curve's figure where its diversity is this one; its end where it does not reach it."""
-    along = sorted((points[f"{curve} {w}"]["diversity"], points[f"{curve} {w}"][figure]) for w in WEIGHTS)
+    along = sorted((points[f"{curve} {w}"]["diversity"], points[f"{curve} {w}"][figure]) for w in CURVES[curve])
     return float(np.interp(diversity, *zip(*along, strict=True)))
+
+
+def at_equal_diversity(points: list[dict[str, Point]]) -> list[str]:
+    """The cells of one noise and share kept, of these points a seed."""
+
+    def noise_at(base: str, curves: tuple[str, ...]) -> dict[str, list[float]]:
+        return {base: [p[base]["noise"] for p in points]} | {
+            curve: [at(p, curve, p[base]["diversity"], "noise") for p in points] for curve in curves
+        }
+
+    def cells(base: str, noise: dict[str, list[float]]) -> list[str]:
+        spread = np.mean([p[base]["diversity"] for p in points])
+        return [f"{interval(noise[base])} at {spread:.2f}", *(interval(noise[c]) for c in noise if c != base)]
+
+    paper = noise_at("the paper", ("trust", "oracle", "covering"))
+    mean = {name: np.mean(values) for name, values in paper.items()}
+    gap = mean["the paper"] - mean["oracle"]
+    closed = [f"{(mean['the paper'] - mean[c]) / gap:.0%}" if gap > 0 else "-" for c in ("trust", "covering")]
+    covers = [interval([p["the paper"]["coverage"] for p in points])]
+    for curve in ("trust", "covering"):
+        covers.append(interval([at(p, curve, p["the paper"]["diversity"], "coverage") for p in points]))
+    zero_shot = cells("zero-shot", noise_at("zero-shot", ("trust", "oracle")))
+    return [*cells("the paper", paper), *closed, *zero_shot, *covers]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -192,27 +234,15 @@ def table(results: dict[str, Any]) -> str:
         f"{seeds} seeds; mean ± 95 % interval. Noise in %, at the diversity of the paper's score (d) and of the "
         "zero-shot probability (d').",
         "",
-        "| noise | kept | the paper, at d | trust at d | oracle at d | gap closed | zero-shot, at d' | trust at d' | "
-        "oracle at d' | coverage: the paper's | trust's at d |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| noise | kept | the paper, at d | trust at d | oracle at d | covering at d | gap closed: trust | covering | "
+        "zero-shot, at d' | trust at d' | oracle at d' | coverage at d: the paper's | trust's | covering's |",
+        "|---|---|" + "---|" * 12,
     ]
     cells = [(spec, kept) for spec in NOISES for kept in KEPT]
     for spec, kept in cells:
         points = [row["points"] for row in results["rows"] if (row["noise"], row["kept"]) == (spec, kept)]
-        line = [spec, f"{kept:.0%}"]
-        means = {}
-        for base in ("the paper", "zero-shot"):
-            spread = np.mean([p[base]["diversity"] for p in points])
-            own = [p[base]["noise"] for p in points]
-            curves = {c: [at(p, c, p[base]["diversity"], "noise") for p in points] for c in CURVES}
-            line += [f"{interval(own)} at {spread:.2f}", interval(curves["trust"]), interval(curves["oracle"])]
-            means[base] = np.mean(own), np.mean(curves["trust"]), np.mean(curves["oracle"])
-        paper, trust, oracle = means["the paper"]
-        line.insert(5, f"{(paper - trust) / (paper - oracle):.0%}" if paper > oracle else "-")
-        covers = [interval([p["the paper"]["coverage"] for p in points])]
-        covers.append(interval([at(p, "trust", p["the paper"]["diversity"], "coverage") for p in points]))
-        lines.append("| " + " | ".join(line + covers) + " |")
-    names = ("random", "the paper", "zero-shot", "ours", "covering", f"trust {DIVERSE}", f"oracle {DIVERSE}")
+        lines.append("| " + " | ".join([spec, f"{kept:.0%}", *at_equal_diversity(points)]) + " |")
+    names = ("random", "the paper", "zero-shot", "ours", *(f"{curve} {DIVERSE}" for curve in CURVES))
     names += ("presets.default", "presets.paper")
     ratios = {
         spec: [r["certificate"] for r in results["rows"] if r["noise"] == spec and "certificate" in r]
@@ -246,10 +276,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
         for row, other in enumerate(("diversity", "coverage")):
             axes = figure.add_subplot(2, len(cells), 1 + column + row * len(cells))
-            for curve in CURVES:
-                names = [f"{curve} {weight}" for weight in WEIGHTS]
+            for curve, weights in CURVES.items():
+                names = [f"{curve} {weight}" for weight in weights]
                 axes.plot([mean(n, other) for n in names], [mean(n, "noise") for n in names], ".-", label=curve)
-            for name in ("the paper", "zero-shot", "ours", "covering"):
+            for name in ("the paper", "zero-shot", "ours"):
                 axes.plot([mean(name, other)], [mean(name, "noise")], "o", label=name)
             axes.set_yscale("log")
             axes.set_xlabel(other)

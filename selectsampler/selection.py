@@ -258,36 +258,19 @@ def select(
         count = int(sum(balance.values()))
     table = Scores({"utility": scores}) if isinstance(scores, Tensor) else scores
     budget = resolve_budget(keep, count, len(table))
-    eligible = _eligible(table, budget)
-    features = table.image_features if image_features is None else image_features
     if method == "auto":
         method = "draw" if "trust" in table.columns and score_weights is None else "exact"
     if method == "draw" and score_weights is not None:
         raise ValueError("method='draw' knows no score_weights: use method='exact' or 'group'.")
     if score_weights is None and isinstance(scores, Scores):
         score_weights = _default_weights(scores)
-    problem = _Problem(table, eligible, _weights_of_terms(scores, score_weights), budget)
-    if (groups is None) != (shares is None):
-        raise ValueError("groups and shares go together: which group a sample is of, and which share a group may have.")
-    if groups is not None and shares is not None:
-        if balance not in ("auto", None) or method not in ("draw", "exact"):
-            raise ValueError("shares replace balance, and go with method='draw' and method='exact' only.")
-        solved = _within_shares(problem, groups, shares, risk if method == "draw" else None, seed)
+    problem = _Problem(table, _eligible(table, budget), _weights_of_terms(scores, score_weights), budget)
+    options = _Options(method, risk, seed, image_features, coverage_weight, progress)
+    if groups is None and shares is None:
+        solved = _within_quotas(problem, balance, options)
     else:
-        by_default = None if method == "straight_through" else balance  # which knows no quotas
-        quotas = class_quotas(table, by_default if balance == "auto" else balance, budget, eligible)
-        labels = None if quotas is None else problem.labels
-        if method == "draw":
-            solved = _drawn(problem, labels, quotas, risk, seed)
-        elif method == "exact":
-            solved = _exactly(problem, labels, quotas)
-        elif method == "straight_through":
-            solved = _straight_through(problem, quotas, progress=progress)
-        elif method == "group":
-            solved = _as_group(problem, quotas, features, coverage_weight, progress=progress)
-        else:
-            known = "'auto', 'draw', 'exact', 'group' or 'straight_through'"
-            raise ValueError(f"method is {method!r}, but it must be {known}.")
+        solved = _within_shares(problem, balance, groups, shares, options)
+    eligible = problem.eligible
     del problem  # and with it the utility, eight bytes a sample
     indices = solved.chosen if eligible is None else eligible[solved.chosen]
     details: dict[str, Any] = {"method": method, "seed": seed, "keep": None if keep is None else str(keep)}
@@ -351,22 +334,52 @@ class _Solved:
     details: dict[str, Any]
 
 
-def _drawn(problem: _Problem, groups: Tensor | None, quotas: Tensor | None, risk: float, seed: int) -> _Solved:
+@dataclass(frozen=True)
+class _Options:
+    """How to choose: arguments of `select`."""
+
+    method: str
+    risk: float
+    seed: int
+    image_features: Tensor | None
+    coverage_weight: float
+    progress: bool
+
+
+def _within_quotas(problem: _Problem, balance: str | Quotas | None, options: _Options) -> _Solved:
+    """By any method, so many of each class as `balance` says."""
+    if balance == "auto" and options.method == "straight_through":
+        balance = None  # it knows no quotas
+    quotas = class_quotas(problem.table, balance, problem.budget, problem.eligible)
+    labels = None if quotas is None else problem.labels
+    if options.method == "draw":
+        return _drawn(problem, labels, quotas, options)
+    if options.method == "exact":
+        return _exactly(problem, labels, quotas)
+    if options.method == "straight_through":
+        return _straight_through(problem, quotas, progress=options.progress)
+    if options.method == "group":
+        return _as_group(problem, quotas, options)
+    known = "'auto', 'draw', 'exact', 'group' or 'straight_through'"
+    raise ValueError(f"method is {options.method!r}, but it must be {known}.")
+
+
+def _drawn(problem: _Problem, groups: Tensor | None, quotas: Tensor | None, options: _Options) -> _Solved:
     columns = problem.table.columns
     if "trust" not in columns:
         raise ValueError("method='draw' needs the score 'trust': score() gives it where there are two classes or more.")
     trust = problem.of_eligible(columns["trust"]).double()
-    limit = safe_limit(trust, problem.budget, risk, groups=groups, quotas=quotas)
+    limit = safe_limit(trust, problem.budget, options.risk, groups=groups, quotas=quotas)
     worth = trust.clamp(max=limit)
     if "trusted_diversity" in columns:
         repeated = problem.of_eligible(columns["trusted_diversity"]) == 0
         worth[repeated] = worth[repeated].clamp(max=TRUSTED)
     if "intactness" in columns:
         worth += problem.of_eligible(columns["intactness"]).clamp(max=INTACT)
-    chosen = draw(worth, problem.budget, groups=groups, quotas=quotas, seed=seed)
+    chosen = draw(worth, problem.budget, groups=groups, quotas=quotas, seed=options.seed)
     safest = top_k(trust, problem.budget, groups=groups, quotas=quotas)
     wrong = {name: float((1 - trust[rows]).mean()) for name, rows in (("of_safest", safest), ("expected", chosen))}
-    details = {"risk": risk, "safe_limit": limit, "safe": int((trust >= limit).sum()), "wrong_labels": wrong}
+    details = {"risk": options.risk, "safe_limit": limit, "safe": int((trust >= limit).sum()), "wrong_labels": wrong}
     return _Solved(chosen, problem.worth(chosen), _exactly(problem, groups, quotas).objective, details)
 
 
@@ -391,32 +404,42 @@ def _straight_through(problem: _Problem, quotas: Tensor | None, *, progress: boo
     )
 
 
-def _as_group(
-    problem: _Problem, quotas: Tensor | None, image_features: Tensor | None, coverage_weight: float, *, progress: bool
-) -> _Solved:
+def _as_group(problem: _Problem, quotas: Tensor | None, options: _Options) -> _Solved:
+    table = problem.table
+    image_features = table.image_features if options.image_features is None else options.image_features
     if image_features is None:
         raise ValueError(
             "method='group' covers the space of the images, which saved scores do not hold: pass "
             "image_features=embeddings.image, or method='exact' to do without coverage."
         )
-    check_features(image_features, name="image_features", rows=len(problem.table))
-    trust = problem.of_eligible(problem.table["trust"]) if "trust" in problem.table.columns else None
+    check_features(image_features, name="image_features", rows=len(table))
+    trust = problem.of_eligible(table["trust"]) if "trust" in table.columns else None
     result = group(
         problem.utility,
         image_features if problem.eligible is None else image_features[problem.eligible.to(image_features.device)],
         problem.budget,
         labels=problem.labels,
         weights=None if trust is None else trust * (trust >= TRUSTED),
-        coverage_weight=coverage_weight,
+        coverage_weight=options.coverage_weight,
         groups=None if quotas is None else problem.labels,
         quotas=quotas,
-        progress=progress,
+        progress=options.progress,
     )
-    return _Solved(result.indices, result.objective, result.bound, {"coverage_weight": coverage_weight})
+    return _Solved(result.indices, result.objective, result.bound, {"coverage_weight": options.coverage_weight})
 
 
-def _within_shares(problem: _Problem, groups: Tensor, shares: Shares, risk: float | None, seed: int) -> _Solved:
-    """The optimum within the ranges; with a risk, a draw that takes as many of each group as the optimum does."""
+def _within_shares(
+    problem: _Problem,
+    balance: str | Quotas | None,
+    groups: Tensor | None,
+    shares: Shares | None,
+    options: _Options,
+) -> _Solved:
+    """The optimum within the ranges; to draw, a draw that takes as many of each group as the optimum does."""
+    if groups is None or shares is None:
+        raise ValueError("groups and shares go together: which group a sample is of, and which share a group may have.")
+    if balance not in ("auto", None) or options.method not in ("draw", "exact"):
+        raise ValueError("shares replace balance, and go with method='draw' and method='exact' only.")
     lowest, highest = share_ranges(groups, shares, problem.budget, len(problem.table))
     groups = problem.of_eligible(groups)
     ranges = {"groups": groups, "lowest": lowest, "highest": highest}
@@ -425,9 +448,9 @@ def _within_shares(problem: _Problem, groups: Tensor, shares: Shares, risk: floa
     details: dict[str, Any] = {"shares": {str(group): [str(low), str(high)] for group, (low, high) in shares.items()}}
     details["prices"] = {str(g): float(price[g]) for g in shares}
     best = problem.worth(chosen)
-    if risk is None:
+    if options.method == "exact":
         return _Solved(chosen, best, best, details)
-    solved = _drawn(problem, groups, torch.bincount(groups[chosen], minlength=len(lowest)), risk, seed)
+    solved = _drawn(problem, groups, torch.bincount(groups[chosen], minlength=len(lowest)), options)
     return _Solved(solved.chosen, solved.objective, best, details | solved.details)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from selectsampler import embed
 from selectsampler.embeddings import encode, throughput
-from selectsampler.embeddings.encode import Background
+from selectsampler.embeddings.background import Background
 from selectsampler.embeddings.throughput import Throughput
 
 NAMES = ["cat", "dog"]
