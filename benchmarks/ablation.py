@@ -64,9 +64,10 @@ class Data:
         kept = {name: values for name, values in scores.columns.items() if name not in without}
         return ss.select(replace(scores, columns=kept), str(self.kept), seed=self.seed, **options).indices
 
-    def diverse(self, weight: float) -> Tensor:
+    def diverse(self, weight: float, **options: Any) -> Tensor:
         """Trusted diversity in the place of the lot."""
-        return self.ours(method="exact", score_weights=DEFAULT_WEIGHTS | {"trusted_diversity": weight})
+        weights = DEFAULT_WEIGHTS | {"trusted_diversity": weight}
+        return self.ours(score_weights=weights, **{"method": "exact"} | options)
 
     def clean(self) -> Tensor:
         right = self.embeddings.labels == self.truth
@@ -92,6 +93,7 @@ METHODS: dict[str, Callable[[Data], Tensor]] = {
     "ours, four times the risk": lambda data: data.ours(risk=0.02),
     "ours, diversity for the lot": lambda data: data.diverse(0.02),
     "ours, coverage for the lot": lambda data: data.ours(method="group"),
+    "ours, diversity and coverage for the lot": lambda data: data.diverse(0.02, method="group", coverage_weight=0.04),
     "clean labels, random": Data.clean,
 }
 

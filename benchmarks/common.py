@@ -25,8 +25,9 @@ def linear_head(directions: Tensor, labels: Tensor, seed: int, *, strength: floa
     fold = np.random.default_rng([seed, 8]).permutation(len(labels)) % folds
     posterior = np.empty((len(labels), int(labels.max()) + 1))
     for number in range(folds):
-        model = LogisticRegression(C=strength, max_iter=1000).fit(inputs[fold != number], labels.numpy()[fold != number])
-        posterior[fold == number] = model.predict_proba(inputs[fold == number])
+        seen, judged = fold != number, fold == number
+        model = LogisticRegression(C=strength, max_iter=1000).fit(inputs[seen], labels.numpy()[seen])
+        posterior[judged] = model.predict_proba(inputs[judged])
     return torch.from_numpy(posterior).float()
 
 
