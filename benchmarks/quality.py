@@ -3,11 +3,13 @@
     python benchmarks/quality.py digits --runs runs/
     python benchmarks/quality.py cifar --runs runs/ --data cifar10.zip --clip local-dir:cifar-clip --cache-dir cache/
     python benchmarks/quality.py tables --runs runs/ --out benchmarks/results
+    python benchmarks/quality.py unpack --runs runs/ --joined benchmarks/results/quality-cifar.json
 
 Every setting, method, ratio and seed is a run, and leaves one JSON in `--runs`: accuracy, what is left of wrong labels
 and damage, class balance, updates, visits, seconds of each stage, versions, machine. Interrupted, the same command goes
 on with what is missing, seed by seed; `--shard 0/2` and `--shard 1/2` share the work between two processes; `--redo
-ours` does one method again. `tables` joins the runs of a data set into one JSON, a table and two pictures.
+ours` does one method again. `tables` joins the runs of a data set into one JSON, a table and two pictures;
+`unpack` makes runs of such a JSON again, to go on from those that are committed.
 
 `updates`: every subset is trained for as many updates as everything is. `epochs`: for as many epochs, so that a subset
 takes fewer updates. Noise, network and order of a seed are the same for all methods. Networks that a method trains to
@@ -34,7 +36,7 @@ import numpy as np
 import torch
 from common import linear_head
 from quality_data import CifarHalf, Digits, clock, is_damage
-from quality_tables import write_tables
+from quality_tables import unpack, write_tables
 from selectsampler.recipes import noise
 from selectsampler.recipes.cifar import fastest_precision
 from selectsampler.recipes.experiment import device_name
@@ -393,15 +395,37 @@ def work(arguments: argparse.Namespace) -> None:
             opened[damage] = first.with_damage(damage)
         group = Group(opened[damage], setting, seed)
         for run in missing:
-            save(run.path(folder), perform(run, group) | made_with())
+            result = perform(run, group) | made_with()
+            save(run.path(folder), result)
+            tell(run.path(folder), result)
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Write a run, whole or not at all, and say so."""
+    """Write a run, whole or not at all."""
     with replace_atomically(path) as file:
         file.write(json.dumps(result, indent=1).encode() + b"\n")
+
+
+def tell(path: Path, result: dict[str, Any]) -> None:
+    """Say what came out of a run."""
     took = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result["seconds"].items())
     print(f"{path.stem}: {100 * result['accuracy']:.2f} % ({took})", flush=True)
+
+
+def restore(joined: Path, runs: Path) -> None:
+    """Write the runs that a joined JSON holds, but for those that are there."""
+    folder = runs / joined.stem.removeprefix("quality-")
+    folder.mkdir(parents=True, exist_ok=True)
+    found = unpack(joined)
+    missing = [row for row in found if not run_of(row).path(folder).exists()]
+    for row in missing:
+        save(run_of(row).path(folder), row)
+    print(f"{len(missing)} of {len(found)} runs written to {folder}")
+
+
+def run_of(row: dict[str, Any]) -> Run:
+    """What run a JSON is of."""
+    return Run(*(row[name] for name in ("setting", "method", "keep", "budget", "seed")))
 
 
 def made_with() -> dict[str, Any]:
@@ -444,6 +468,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = commands.add_parser("tables").add_argument
     add("--runs", type=Path, required=True, help="folder that the runs are in")
     add("--out", type=Path, required=True, help="folder for quality-DATA.json, .md and .png")
+    add = commands.add_parser("unpack").add_argument
+    add("--runs", type=Path, required=True, help="folder that the runs go to")
+    add("--joined", type=Path, required=True, help="quality-DATA.json, as `tables` writes it")
     return parser.parse_args(words)
 
 
@@ -452,6 +479,8 @@ def main() -> None:
     try:
         if arguments.command == "tables":
             write_tables(arguments.runs, arguments.out, list(METHODS))
+        elif arguments.command == "unpack":
+            restore(arguments.joined, arguments.runs)
         else:
             work(arguments)
     except ValueError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from common import interval
 
-__all__ = ["Results", "write_tables"]
+__all__ = ["Results", "unpack", "write_tables"]
 
 BUDGETS = ("updates", "epochs")
 STAGES = ("proxy", "embed", "adapt", "score", "select", "train")
@@ -47,6 +47,20 @@ def join(runs: list[dict[str, Any]]) -> dict[str, Any]:
             made_with.append(made)
         rows.append(run | {"made_with": made_with.index(made)})
     return {"made_with": made_with, "runs": rows}
+
+
+def unpack(path: Path) -> list[dict[str, Any]]:
+    """The runs of a `quality-NAME.json`, each with what it was made with, as they were before they were joined.
+
+    Raises:
+        ValueError: if the file is not one that `write_tables` wrote.
+    """
+    try:
+        joined = json.loads(path.read_text())
+        made_with, rows = joined["made_with"], joined["runs"]
+        return [{name: row[name] for name in row if name != "made_with"} | made_with[row["made_with"]] for row in rows]
+    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} does not hold the joined runs of a data set ({error!r}).") from None
 
 
 class Results:

@@ -151,3 +151,24 @@ def test_runs_are_joined_into_json_table_and_pictures(tmp_path):
     assert "Ours is" in (tmp_path / "out" / "quality-digits.md").read_text()
     for picture in ("ratio", "time"):
         assert (tmp_path / "out" / f"quality-digits-{picture}.png").stat().st_size > 5000
+
+
+def test_joined_runs_are_unpacked_again_but_for_those_that_are_there(tmp_path, monkeypatch, capsys):
+    folder, again = tmp_path / "runs" / "digits", tmp_path / "again" / "digits"
+    folder.mkdir(parents=True)
+    again.mkdir(parents=True)
+    made_with = {"versions": {"torch": "2"}, "machine": {"device": "x86", "cores": 2, "threads": 1}}
+    rows = [row(method, 0.5, seed=seed) | made_with for method in ("random", "ours") for seed in range(2)]
+    for each in rows:
+        quality.save(quality.run_of(each).path(folder), each)
+    quality.write_tables(tmp_path / "runs", tmp_path, list(quality.METHODS))
+    (again / quality.run_of(rows[0]).path(again).name).write_text("{}")
+    joined = tmp_path / "quality-digits.json"
+    words = ["quality.py", "unpack", "--joined", str(joined), "--runs", str(tmp_path / "again")]
+    monkeypatch.setattr("sys.argv", words)
+    quality.main()
+    assert "3 of 4 runs written" in capsys.readouterr().out
+    assert [json.loads(quality.run_of(each).path(again).read_text()) for each in rows] == [{}, *rows[1:]]
+    joined.write_text('{"runs": [{}]}')
+    with pytest.raises(SystemExit, match="does not hold the joined runs"):
+        quality.main()
