@@ -47,6 +47,9 @@ def class_quotas(table: Scores, balance: str | Quotas | None, budget: int, eligi
         return apportion(torch.bincount(labels, minlength=classes), budget, capacities=available)
     if balance == "trusted":
         trust = table["trust"].cpu()
+        if "trusted_diversity" in table.columns:  # near-duplicates are trusted once
+            repeated = (table["trusted_diversity"].cpu() == 0) & (trust >= TRUSTED)
+            trust = trust.masked_fill(repeated, 0.0)
         return _trusted_quotas(trust if eligible is None else trust[eligible], own, budget, available)
     raise ValueError(f"balance is {balance!r}, but it must be 'auto', 'trusted', 'given', None or {{class: quota}}.")
 
@@ -62,8 +65,8 @@ def _trusted_quotas(trust: Tensor, labels: Tensor, budget: int, available: Tenso
     quotas = apportion(sums, within, capacities=trusted) if within else torch.zeros_like(trusted)
     if within < budget:
         warnings.warn(
-            f"The budget is {budget}, but only {within} labels are more likely right than wrong: {budget - within} "
-            "samples that are not trusted are selected as well. Keep less.",
+            f"The budget is {budget}, but only {within} labels of distinct images are more likely right than wrong: "
+            f"{budget - within} samples that are not trusted, or repeat another, are selected as well. Keep less.",
             stacklevel=4,
         )
         left = available - quotas

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ __all__ = ["DEFAULT_WEIGHTS", "PAPER_WEIGHTS", "Selection", "select"]
 
 PAPER_WEIGHTS = {"semantic_alignment": 1.0, "sample_diversity": 0.1}
 DEFAULT_WEIGHTS = {"trust": 1.0, "intactness": 1.0}  # of these, those that were scored
-INTACT = 0.998  # images that are at least this probably intact are equally good to draw
+WARY = 0.1  # of `risk`, for damaged images: intactness is less sure than trust, and intact images are plenty
 SURE = 0.9  # at least this probable is the label of a sample that counts as surely right
 
 
@@ -219,7 +219,8 @@ def select(
     its own entries. With `PAPER_WEIGHTS` it is the selection optimization of arXiv 2410.11215, with `DEFAULT_WEIGHTS`
     the expected number of right labels and of intact images. Its highest sums are easy samples, though, which train
     fast and not far: `method="draw"` gives up a little of it, `risk`, for a choice by lot among all that is safe, so
-    that the subset keeps the density of the data; where all labels are right, it is a random subset.
+    that the subset keeps the density of the data; where all labels are right, it is a random subset of what does not
+    look damaged.
 
     Args:
         scores: `Scores`, or one float tensor (N,) of your own, finite, higher is better.
@@ -233,15 +234,15 @@ def select(
         groups: (N,), int64, from 0: any other groups (class x attribute, say), with `shares`, instead of `balance`.
         shares: {group: (lowest, highest)}: which share of the selection a group is to have, in [0, 1]; others are free.
             What each range costs in objective stands in the provenance as `prices`.
-        method: `draw`, by lot among the samples whose label is safe and whose image is surely intact, then of the
-            next best; near-duplicates of a more trusted sample (their `trusted_diversity` is 0) count as barely
-            trusted. `exact`, the optimum of utility; `group`, greedy on utility and coverage, with a bound on what any
-            subset could reach; `straight_through`, the paper's gradient optimizer, cut to the exact size. `auto` is
-            `draw` where the scores hold trust, without `score_weights`; else `exact`.
+        method: `draw`, by lot among the samples whose label and image are safe, then of the rest the most probable to
+            be right in both; near-duplicates of a more trusted sample (their `trusted_diversity` is 0) come last of
+            the trusted. `exact`, the optimum of utility; `group`, greedy on utility and coverage, with a bound on what
+            any subset could reach; `straight_through`, the paper's gradient optimizer, cut to the exact size. `auto`
+            is `draw` where the scores hold trust, without `score_weights`; else `exact`.
         risk: of method `draw`: how many more of the selected labels may be wrong, as a share and in expectation, than
-            in the safest selection under the same quotas (`safe_limit`); 0 is that selection, 1 draws from all.
-            Damaged images and near-duplicates give way whatever it is, which can cost safe labels: what both come to
-            stands in the provenance as `wrong_labels`.
+            in the safest selection under the same quotas (`safe_limit`); 0 is that selection, 1 takes any label. A
+            tenth of it is allowed for damaged images. Where safe images or distinct ones are too few, that can cost
+            safe labels: what both come to stands in the provenance as `wrong_labels`.
         image_features: (N, D), of method `group`: the space to cover; by default that of the embeddings that were
             scored, which saved scores lack: then pass `embeddings.image`.
         coverage_weight: of method `group`: what it is worth to bring a trusted sample from nowhere to being kept.
@@ -258,6 +259,8 @@ def select(
         count = int(sum(balance.values()))
     table = Scores({"utility": scores}) if isinstance(scores, Tensor) else scores
     budget = resolve_budget(keep, count, len(table))
+    if not 0 <= risk <= 1:
+        raise ValueError(f"risk is {risk}, but it must be a share in [0, 1].")
     if method == "auto":
         method = "draw" if "trust" in table.columns and score_weights is None else "exact"
     if method == "draw" and score_weights is not None:
@@ -351,6 +354,12 @@ def _within_quotas(problem: _Problem, balance: str | Quotas | None, options: _Op
     if balance == "auto" and options.method == "straight_through":
         balance = None  # it knows no quotas
     quotas = class_quotas(problem.table, balance, problem.budget, problem.eligible)
+    solved = _by_method(problem, quotas, options)
+    counts = {} if quotas is None else {"quotas": quotas.tolist()}
+    return replace(solved, details=counts | solved.details)
+
+
+def _by_method(problem: _Problem, quotas: Tensor | None, options: _Options) -> _Solved:
     labels = None if quotas is None else problem.labels
     if options.method == "draw":
         return _drawn(problem, labels, quotas, options)
@@ -369,18 +378,36 @@ def _drawn(problem: _Problem, groups: Tensor | None, quotas: Tensor | None, opti
     if "trust" not in columns:
         raise ValueError("method='draw' needs the score 'trust': score() gives it where there are two classes or more.")
     trust = problem.of_eligible(columns["trust"]).double()
-    limit = safe_limit(trust, problem.budget, options.risk, groups=groups, quotas=quotas)
-    worth = trust.clamp(max=limit)
+    ranges = {"groups": groups, "quotas": quotas}
+    worth, limits = _worth(problem, trust, options.risk, **ranges)
+    chosen = draw(worth, problem.budget, **ranges, seed=options.seed)
+    safest = top_k(trust, problem.budget, **ranges)
+    wrong = {name: float((1 - trust[rows]).mean()) for name, rows in (("of_safest", safest), ("expected", chosen))}
+    details = {"risk": options.risk, **limits, "wrong_labels": wrong}
+    return _Solved(chosen, problem.worth(chosen), _exactly(problem, groups, quotas).objective, details)
+
+
+def _worth(
+    problem: _Problem, trust: Tensor, risk: float, *, groups: Tensor | None = None, quotas: Tensor | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """(n,), float64: 1 for all that is safe to draw, then the probability that label and image are right; and how.
+
+    Near-duplicates are no safer than what is barely trusted, so that they come last of the trusted.
+    """
+    ranges = {"groups": groups, "quotas": quotas}
+    columns, limit = problem.table.columns, safe_limit(trust, problem.budget, risk, **ranges)
+    worth, safe, limits = trust.clone(), trust >= limit, {"safe_limit": limit}
+    if "intactness" in columns:
+        intact = problem.of_eligible(columns["intactness"])
+        limits["intact_limit"] = safe_limit(intact, problem.budget, WARY * risk, **ranges)
+        safe &= intact.double() >= limits["intact_limit"]
+        worth *= intact
     if "trusted_diversity" in columns:
         repeated = problem.of_eligible(columns["trusted_diversity"]) == 0
         worth[repeated] = worth[repeated].clamp(max=TRUSTED)
-    if "intactness" in columns:
-        worth += problem.of_eligible(columns["intactness"]).clamp(max=INTACT)
-    chosen = draw(worth, problem.budget, groups=groups, quotas=quotas, seed=options.seed)
-    safest = top_k(trust, problem.budget, groups=groups, quotas=quotas)
-    wrong = {name: float((1 - trust[rows]).mean()) for name, rows in (("of_safest", safest), ("expected", chosen))}
-    details = {"risk": options.risk, "safe_limit": limit, "safe": int((trust >= limit).sum()), "wrong_labels": wrong}
-    return _Solved(chosen, problem.worth(chosen), _exactly(problem, groups, quotas).objective, details)
+        safe &= ~repeated
+    worth[safe] = 1.0
+    return worth, limits | {"safe": int(safe.sum())}
 
 
 def _exactly(problem: _Problem, groups: Tensor | None, quotas: Tensor | None) -> _Solved:
@@ -435,7 +462,7 @@ def _within_shares(
     shares: Shares | None,
     options: _Options,
 ) -> _Solved:
-    """The optimum within the ranges; to draw, a draw that takes as many of each group as the optimum does."""
+    """The optimum within the ranges; or a draw, of as many of each group as a draw within the ranges comes to."""
     if groups is None or shares is None:
         raise ValueError("groups and shares go together: which group a sample is of, and which share a group may have.")
     if balance not in ("auto", None) or options.method not in ("draw", "exact"):
@@ -450,7 +477,13 @@ def _within_shares(
     best = problem.worth(chosen)
     if options.method == "exact":
         return _Solved(chosen, best, best, details)
-    solved = _drawn(problem, groups, torch.bincount(groups[chosen], minlength=len(lowest)), options)
+    worth, _ = _worth(problem, problem.of_eligible(problem.table["trust"]).double(), options.risk)
+    order = torch.randperm(len(worth), generator=torch.Generator().manual_seed(options.seed))
+    counts = torch.bincount(
+        groups[order][top_k_in_ranges(worth[order], problem.budget, **ranges | {"groups": groups[order]})],
+        minlength=len(lowest),
+    )
+    solved = _drawn(problem, groups, counts, options)
     return _Solved(solved.chosen, solved.objective, best, details | solved.details)
 
 

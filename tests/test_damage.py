@@ -229,6 +229,32 @@ def test_statistics_do_not_prefer_rows_to_columns():
         assert second[other] == pytest.approx(value, abs=2e-3), name
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_log_odds_have_converged_and_stay_within_the_evidence(share, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    twins = 8 + 3 * torch.randn(300, generator=generator)
+    images = -4 + 2 * torch.randn(5000, generator=generator)  # far below all twins: nothing says how steep odds are
+    images[: int(share * 5000)] = 8 + 3 * torch.randn(int(share * 5000), generator=generator)
+    odds = damage._log_odds(images, twins, least=1e-3)
+    assert float((odds[1:] - odds[:-1]).abs().max()) <= 1.7 * float((images[1:] - images[:-1]).abs().max())
+    assert float(torch.sigmoid(odds.clamp(max=20)).mean()) == pytest.approx(max(share, 1e-3), rel=0.5, abs=1e-3)
+    assert float(odds.max()) < 40
+
+
+def test_evidence_that_knows_nothing_damns_no_image():
+    evidence = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    odds = damage._log_odds(evidence, evidence[:200], least=5e-3)
+    assert float(torch.sigmoid(odds).mean()) < 0.02
+
+
+def test_twins_of_which_every_original_looks_damaged_are_learned_from_all_the_same(few_steps):
+    statistics, _, twins, theirs = made_pool()
+    few = slice(60)
+    statistics[twins[few, 0]] = damaged(statistics[twins[few, 0]], 0, torch.Generator().manual_seed(1))
+    found = intactness(statistics, twins[few], theirs[few])
+    assert found.isfinite().all()
+
+
 # On real images
 
 

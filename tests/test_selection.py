@@ -219,6 +219,31 @@ def test_where_all_labels_are_right_every_sample_is_drawn_about_equally_often():
     assert drawn.std() == pytest.approx(50**0.5, rel=0.15)  # of the binomial distribution
 
 
+@pytest.mark.parametrize("keep", [0.3, 0.7])
+def test_hardly_anyone_is_left_out_because_some_intact_images_look_less_intact_than_others(keep):
+    looks = 1 - 0.02 * torch.linspace(0, 1, 400) ** 20  # nearly all surely intact, few of them less surely
+    drawn = torch.zeros(400)
+    for seed in range(100):
+        drawn[select(safe_scores(400, intactness=looks), keep, seed=seed).indices] += 1
+    assert float((drawn == 0).float().mean()) < 0.2
+    assert float((drawn == 100).float().mean()) < 0.02
+    assert drawn[:300].std() < 3 * (100 * keep * (1 - keep)) ** 0.5
+
+
+@pytest.mark.filterwarnings("ignore:The budget is")
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.7])
+def test_where_few_labels_are_right_how_intact_images_look_decides_nothing_against_trust(keep):
+    generator = torch.Generator().manual_seed(0)
+    right = torch.rand(800, generator=generator) < 0.4
+    trust = torch.where(right, 0.99, 0.01) * (1 - 0.02 * torch.rand(800, generator=generator))
+    intact = 0.9 + 0.096 * torch.rand(800, generator=generator)  # of few images, that is all that is known
+    scores = Scores({"trust": trust, "intactness": intact}, labels=torch.zeros(800, dtype=torch.int64))
+    wrong = [float((~right[select(scores, keep, risk=r).indices]).float().mean()) for r in (0.0, 0.005)]
+    best = float((~right[select(scores, keep, method="exact", score_weights={"trust": 1.0}).indices]).float().mean())
+    assert best <= min(wrong)
+    assert max(wrong) <= best + 0.01
+
+
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.9])
 def test_a_draw_holds_at_most_the_risk_more_of_wrong_labels_than_the_safest_selection(keep):
     scores = safe_scores(0)
@@ -529,3 +554,22 @@ def test_a_selection_refuses_a_data_set_one_of_whose_other_files_was(folder, cha
         other.write_bytes(b"another size")
     with pytest.raises(ValueError, match="data set changed after the selection"):
         selection.verify(ImageFolder(folder))
+
+
+def test_a_range_that_forbids_nothing_leaves_the_groups_as_a_draw_would():
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.tensor([0] * 400 + [1] * 400 + [2] * 200)
+    trust = torch.tensor([0.9999, 0.999, 0.998])[groups] - 1e-4 * torch.rand(1000, generator=generator)
+    scores = Scores({"trust": trust})
+    counts = torch.bincount(groups[select(scores, 0.3, groups=groups, shares={2: (0, 1)}).indices], minlength=3)
+    assert (counts - torch.tensor([120, 120, 60])).abs().max() < 30
+    counts = torch.bincount(groups[select(scores, 0.3, groups=groups, shares={2: (0.4, 0.4)}).indices], minlength=3)
+    assert counts[2] == 120
+    assert (counts[:2] - 90).abs().max() < 30
+
+
+def test_the_provenance_names_the_quotas_and_a_risk_that_is_no_share_is_refused_by_every_method():
+    scores = Scores({"trust": torch.ones(6)}, labels=torch.tensor([0, 0, 0, 0, 1, 1]))
+    assert select(scores, 0.5).provenance["selection"]["quotas"] == [2, 1]
+    with pytest.raises(ValueError, match=r"risk is 7\.0"):
+        select(scores, 0.5, method="exact", risk=7.0)

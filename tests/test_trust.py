@@ -229,7 +229,7 @@ def test_a_trusted_balance_asks_no_class_for_more_than_it_can_trust():
 
 def test_a_budget_beyond_what_can_be_trusted_is_met_with_a_warning():
     scores = scores_with_trust([0.9, 0.2, 0.3, 0.9, 0.4, 0.1], [0, 0, 0, 1, 1, 1])
-    with pytest.warns(UserWarning, match="The budget is 4, but only 2 labels are more likely right than wrong: 2"):
+    with pytest.warns(UserWarning, match="The budget is 4, but only 2 labels of distinct images are more"):
         kept = select(scores, count=4, method="exact")
     assert kept.indices.tolist() == [0, 2, 3, 4]
 
@@ -368,3 +368,46 @@ def test_the_largest_of_a_row_are_those_of_a_whole_sort(columns, k):
     found, expected = module._largest(values, k), values.topk(k, dim=1)
     assert torch.equal(found[0], expected.values)
     assert torch.equal(found[1], expected.indices)
+
+
+def test_names_of_classes_that_have_no_samples_change_nothing():
+    images, text, truth = made_images()
+    labels = noisy("symmetric", truth, images, rate=0.4)
+    classes = len(text)
+    more = torch.randn(3 * classes, text.shape[1], generator=torch.Generator().manual_seed(5))
+    alone = label_trust(images, text, labels, progress=False)
+    among = label_trust(images, torch.cat([more, text]), labels + 3 * classes, progress=False)
+    assert torch.equal(among.probability, alone.probability)
+    assert among.noise_rate == alone.noise_rate
+    assert torch.equal(among.transition[3 * classes :, 3 * classes :], alone.transition)
+    assert torch.equal(among.transition[: 3 * classes], torch.eye(4 * classes)[: 3 * classes])
+    assert among.class_noise[: 3 * classes].isnan().all()
+    with pytest.raises(ValueError, match="Only one class has samples"):
+        label_trust(images, text, torch.zeros_like(labels), progress=False)
+
+
+def test_trusted_diversity_counts_trusted_samples_only_and_who_is_alone_is_no_repeat():
+    images, text, truth = made_images()
+    labels = noisy("symmetric", truth, images, rate=0.3)
+    lone = torch.full_like(labels[:1], len(text))
+    made = Embeddings(
+        image=torch.cat([images, 3 * images[:1]]),
+        text=torch.cat([text, images[:1]]),
+        labels=torch.cat([labels, lone]),
+        class_names=[str(number) for number in range(len(text) + 1)],
+    )
+    scores = score(made)
+    trusted = scores["trust"] >= 0.5
+    assert (scores["trusted_diversity"][~trusted] == 0).all()
+    assert scores["trusted_diversity"][trusted].mean() == pytest.approx(1, abs=0.1)
+    assert trusted[-1]
+    assert scores["trusted_diversity"][-1] == scores["trust"][-1]
+
+
+def test_a_trusted_balance_asks_no_class_for_its_copies():
+    trust, diversity = torch.ones(30), torch.ones(30)
+    diversity[:5] = 0  # copies
+    labels = torch.arange(3).repeat_interleave(10)
+    scores = Scores({"trust": trust, "trusted_diversity": diversity}, labels=labels)
+    chosen = select(scores, count=25).indices
+    assert torch.equal(chosen, torch.arange(5, 30))

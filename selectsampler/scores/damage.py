@@ -23,7 +23,10 @@ STRANGERS = 0.2  # weight of images of no known kind of damage, beside the twins
 MADE = 2**14  # such images, of which every batch draws some
 ANCHOR = 0.03  # weight of the loss that takes every image for intact; see `_loss`
 LEAST, LEAST_OF_KIND = 5e-3, 1e-3  # shares of damaged images, of all kinds and of one, below which none is estimated
-FEW = 20  # twins of one kind: with fewer it is not judged by itself
+FEW = 20  # twins: of one kind, with fewer it is not judged by itself; of a fold, with fewer suspects have theirs too
+OUTRANK = 0.65  # share of pairs in which a twin must outrank an image, that its evidence counts
+BY_KINDS = 1 / 3  # weight of what each kind's own evidence says; the rest is that of all evidence together
+SLOPE = 1e-2  # weight of the expectation that evidence is a log ratio as it stands
 
 
 def intactness(
@@ -120,31 +123,33 @@ def _cross_fitted(images: Tensor, damaged: Tensor, twins: Tensor, generator: tor
     damaged in one round is no example in the next; step by step, as the first round can hardly tell.
     """
     folds = torch.randperm(len(images), generator=generator).to(images.device) % FOLDS
-    of_images = torch.zeros(len(images), 1, device=images.device)
+    odds = torch.zeros(len(images), device=images.device)
     for steps, share in ROUNDS:
-        suspicion = of_images.logsumexp(dim=1)
-        usable = suspicion <= suspicion.sort().values[math.ceil(share * len(images)) - 1]
+        usable = odds <= odds.sort().values[math.ceil(share * len(images)) - 1]
         networks = _train(images, damaged, twins, folds, usable, generator, steps=steps)
-        of_images = _evidence(networks, images, folds)
-    of_twins = _evidence(networks, damaged, folds[twins[:, 0]])
-    together = _log_odds(of_images.logsumexp(dim=1), of_twins.logsumexp(dim=1), least=LEAST)
-    return torch.sigmoid(-(together + _by_kinds(of_images, of_twins, twins[:, 1], together)) / 2).float()
+        evidence = _evidence(networks, images, folds), _evidence(networks, damaged, folds[twins[:, 0]])
+        odds = torch.lerp(_together(*evidence), _by_kinds(*evidence, twins[:, 1]), BY_KINDS)
+    return torch.sigmoid(-odds).float()
 
 
-def _by_kinds(of_images: Tensor, of_twins: Tensor, kind: Tensor, otherwise: Tensor) -> Tensor:
-    """(n,), float64: log odds of damage of any kind, each judged by its own evidence and twins; of none: `otherwise`.
+def _together(of_images: Tensor, of_twins: Tensor) -> Tensor:
+    """(n,), float64: log odds of damage in whatever way, also an unknown one, by the sum of all evidence."""
+    return _log_odds(of_images.logsumexp(dim=1), of_twins.logsumexp(dim=1), least=LEAST)
 
-    Kinds are thrown together in `logsumexp` as often as there are twins of them. Here those that hardly occur count
+
+def _by_kinds(of_images: Tensor, of_twins: Tensor, kind: Tensor) -> Tensor:
+    """(n,), float64: log odds of damage of any known kind, each judged by its own evidence and twins.
+
+    In the sum of all evidence kinds stand as often as there are twins of them. Here those that hardly occur count
     little, so that intact images that look a little like one of them do not outrank those damaged by another.
     """
-    intact = torch.zeros_like(otherwise)  # log of the probability
-    for number in range(of_images.shape[1] - 1):
-        own = kind == number
-        if int(own.sum()) >= FEW:
-            odds = _log_odds(of_images[:, number], of_twins[own, number], least=LEAST_OF_KIND)
-            intact += logsigmoid(-odds)
-    damaged = (-torch.expm1(intact.clamp(max=-1e-12))).log() - intact
-    return torch.where(intact < 0, damaged, otherwise)
+    judged = [number for number in range(of_images.shape[1] - 1) if int((kind == number).sum()) >= FEW]
+    if not judged:
+        return _together(of_images, of_twins)
+    intact = torch.zeros(len(of_images), dtype=torch.float64, device=of_images.device)  # log of the probability
+    for number in judged:
+        intact += logsigmoid(-_log_odds(of_images[:, number], of_twins[kind == number, number], least=LEAST_OF_KIND))
+    return (-torch.expm1(intact.clamp(max=-1e-30))).log() - intact
 
 
 def _train(
@@ -161,6 +166,8 @@ def _train(
     kinds = int(twins[:, 1].max()) + 2
     rows = [((folds != fold) & usable).nonzero()[:, 0] for fold in range(FOLDS)]
     pairs = [((folds != fold) & usable)[twins[:, 0]].nonzero()[:, 0] for fold in range(FOLDS)]
+    if min(map(len, pairs)) < FEW:  # hardly an original is above suspicion
+        pairs = [(folds != fold)[twins[:, 0]].nonzero()[:, 0] for fold in range(FOLDS)]
     shapes = ((images.shape[1], HIDDEN), (1, HIDDEN), (HIDDEN, kinds), (1, kinds))
     weights = [
         (torch.randn(FOLDS, *shape, generator=generator) * (shape[0] > 1) / shape[0] ** 0.5).to(images.device)
@@ -249,27 +256,34 @@ def _log_odds(of_images: Tensor, of_twins: Tensor, *, least: float) -> Tensor:
 
     Slope and offset minimise, for evidence up to the median twin's, the logistic loss of learning from positive and
     unlabelled examples (du Plessis et al., ICML 2015): the mean probability is the estimated share of damaged images,
-    and their mean evidence is that of the twins.
+    and their mean evidence is that of the twins. Evidence being a log ratio of densities, a slope of 1 is expected, and
+    taken where hardly any image says otherwise.
     """
     share = _share(of_images, of_twins, least)
     plain = of_twins.median()  # beyond it evidence is as good as certain, and does not bend the curve
     images, twins = of_images.clamp(max=plain).double(), of_twins.clamp(max=plain).double()
-    middle, spread = twins.mean(), twins.std() + 1e-6
-    inputs = torch.stack([(images - middle) / spread, torch.ones_like(images)], dim=1)
+    middle = twins.mean()
+    inputs = torch.stack([images - middle, torch.ones_like(images)], dim=1)
     target = torch.stack([torch.zeros_like(share), share])
-    beta = torch.zeros(2, dtype=inputs.dtype, device=inputs.device)
-    ridge = 1e-6 * torch.eye(2, dtype=inputs.dtype, device=inputs.device)
-    for _ in range(60):  # Newton's method, no step above 1; the loss is convex
+    beta = torch.stack([torch.ones_like(share), torch.logit(share)])
+    expected, prior = beta.clone(), torch.tensor([SLOPE, 1e-9], dtype=torch.float64, device=inputs.device)
+    for _ in range(60):  # Newton's method, no step above 1; the loss is strictly convex
         p = torch.sigmoid(inputs @ beta)
-        gradient = inputs.T @ p / len(images) - target
-        curvature = (inputs * (p * (1 - p))[:, None]).T @ inputs / len(images) + ridge
+        gradient = inputs.T @ p / len(images) - target + prior * (beta - expected)
+        curvature = (inputs * (p * (1 - p))[:, None]).T @ inputs / len(images) + torch.diag(prior)
         beta = beta - torch.linalg.solve(curvature, gradient).clamp(-1, 1)
     slope = beta[0].clamp(min=1e-3)  # more evidence is never a better sign, whatever a handful of twins says
-    return slope * (of_images.double() - middle) / spread + beta[1]
+    return slope * (of_images.double() - middle) + beta[1]
 
 
 def _share(of_images: Tensor, of_twins: Tensor, least: float) -> Tensor:
-    """How many images are damaged: above no threshold more than there are, for each twin above it."""
+    """How many images are damaged: above no threshold more than there are, for each twin above it.
+
+    Where twins hardly outrank images, the evidence knows nothing of damage, and no more than the least is assumed.
+    """
+    ranks = torch.searchsorted(of_images.sort().values, of_twins)
+    if float(ranks.double().mean()) < OUTRANK * len(of_images):
+        return torch.tensor(least, dtype=torch.float64, device=of_images.device)
     thresholds = of_twins.quantile(torch.linspace(0.1, 0.5, 20, device=of_twins.device))
     ratios = [(of_images >= t).double().mean() / (of_twins >= t).double().mean() for t in thresholds]
     return torch.stack(ratios).min().clamp(least, 0.5)

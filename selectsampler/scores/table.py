@@ -181,10 +181,11 @@ def score(
     Args:
         embeddings: of N samples; adapted ones are aligned with the adapters that did not see their label.
         columns: which scores. `semantic_alignment` and `sample_diversity` are those of arXiv 2410.11215. `trust`, in
-            [0, 1], is the probability that the label is right (`label_trust`); where there is one class it is left out.
+            [0, 1], is the probability that the label is right (`label_trust`); left out where all are of one class.
             `trusted_diversity` is trust times the distance to the nearest trusted samples of the class, over the mean
-            of that distance; 0 for near-duplicates of a more trusted sample. `intactness`, in [0, 1], is the
-            probability that the image is not damaged; left out where `embed` made too few damaged twins to learn from.
+            of that distance; 0 for near-duplicates of a more trusted sample, and for samples that are not trusted.
+            `intactness`, in [0, 1], is the probability that the image is not damaged; left out where `embed` made too
+            few damaged twins to learn from. What was left out stands in the provenance as `left_out`.
         k: neighbours of both diversities; by default `default_neighbours(labels)`, the paper's numbers.
         scaling: how columns are brought to [0, 1] when they are added up: `min_max` (the paper's) or `rank`.
         seed: of the trust's folds and batches.
@@ -204,19 +205,21 @@ def score(
     adapted = embeddings if isinstance(embeddings, Adapted) else adapt(embeddings, method="none")
     source = adapted.embeddings
     k = default_neighbours(source.labels) if k is None else k
-    provenance = {**source.provenance, "adaptation": adapted.provenance, "k": k}
+    provenance = {**source.provenance, "adaptation": adapted.provenance, "k": k, "scaling": scaling, "score_seed": seed}
     made = {}
     if "semantic_alignment" in columns:
         made["semantic_alignment"] = _alignment(adapted)
     if "sample_diversity" in columns:
         made["sample_diversity"] = _diversity(adapted.distance_features, source, k, progress=progress)
-    if {"trust", "trusted_diversity"} & set(columns) and len(source.class_names) > 1:
+    if {"trust", "trusted_diversity"} & set(columns) and _several_classes(source):
         trust = _trust(source, seed, progress=progress)
         provenance["trust"] = _described(trust, source.class_names)
         made["trust"] = trust.probability
         made["trusted_diversity"] = _trusted_diversity(source, trust.probability, k, progress=progress)
     if "intactness" in columns:
         made |= _intactness(source, seed)
+    if left_out := [name for name in columns if name not in made]:
+        provenance["left_out"] = left_out
     return Scores(
         columns={name: made[name] for name in columns if name in made},
         labels=source.labels,
@@ -266,6 +269,12 @@ def _intactness(source: Embeddings, seed: int) -> dict[str, Tensor]:
     }
 
 
+def _several_classes(source: Embeddings) -> bool:
+    """Whether a label can be wrong at all: two classes have readable samples."""
+    labels = source.labels if source.readable is None else source.labels[source.readable]
+    return len(labels.unique()) > 1
+
+
 def _trust(source: Embeddings, seed: int, *, progress: bool) -> Trust:
     """Trust of the readable images; 0 for the others."""
 
@@ -291,7 +300,10 @@ def _trust(source: Embeddings, seed: int, *, progress: bool) -> Trust:
 
 
 def _trusted_diversity(source: Embeddings, trust: Tensor, k: int, *, progress: bool) -> Tensor:
-    """Trust times the distance to the nearest trusted samples of the class, over its mean; 0 for near-duplicates."""
+    """Trust times the distance to the nearest trusted samples of the class, over its mean.
+
+    0 for near-duplicates and what is not trusted; who has no trusted neighbour stands as far off as the mean.
+    """
     trusted = trust >= TRUSTED
     diversity, repeated = torch.zeros_like(trust), torch.zeros_like(trusted)
     with progress_bar("score", len(source), unit="image", show=progress) as bar:
@@ -301,9 +313,10 @@ def _trusted_diversity(source: Embeddings, trust: Tensor, k: int, *, progress: b
             diversity[readable] = sample_diversity(directions, one, k, among=trusted[readable])
             repeated[readable] = near_duplicates(directions, one, trust[readable])
             bar.update(len(rows))
-    mean = diversity[trusted].mean() if trusted.any() else diversity.new_tensor(0.0)
-    diversity = trust * diversity / mean if mean > 0 else diversity
-    return diversity.masked_fill_(repeated, 0)
+    far = trusted & (diversity > 0)
+    relative = diversity / diversity[far].mean() if far.any() else diversity
+    alone = trusted & (diversity == 0)
+    return (trust * relative.masked_fill_(alone, 1.0)).masked_fill_(repeated | ~trusted, 0)
 
 
 def _described(trust: Trust, class_names: Sequence[str]) -> dict[str, Any]:

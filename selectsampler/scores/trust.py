@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ class Trust:
 
     Args:
         probability: (N,), float32, in [0, 1]: how likely each label is right.
-        transition: (C, C), float32, rows sum to 1: how likely a sample of class z (row) is labelled y (column).
+        transition: (C, C), float32, rows sum to 1: how likely a sample of class z (row) is labelled y (column). Of a
+            class without samples nothing is known: its row has 1 for itself.
         noise_rate: the share of wrong labels among all.
         class_noise: (C,), float32: the share of wrong labels among the samples given each label; nan for empty classes.
         unknown: the classes whose samples the prompts find hardly more often than they find others.
@@ -107,8 +109,8 @@ def label_trust(
         `Trust`. Memory beyond the features: the features of 4,096 samples, and a dozen times 16 MiB of logits.
 
     Raises:
-        ValueError: if shapes, dtypes or labels do not fit, a feature is zero, the temperature is not positive, or there
-            are fewer than two classes.
+        ValueError: if shapes, dtypes or labels do not fit, a feature is zero, the temperature is not positive, or fewer
+            than two classes have samples.
     """
     check_features(image_features, name="image_features")
     check_features(text_features, name="text_features", dim=image_features.shape[1])
@@ -120,11 +122,18 @@ def label_trust(
         raise ValueError(f"folds is {folds}, but it must be a whole number from 2 to the {samples} samples.")
     if class_names is not None and len(class_names) != classes:
         raise ValueError(f"There are {len(class_names)} class names, but text_features names {classes} classes.")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, but it must not be negative.")
     if temperature is not None and not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, but it must be positive; 0.01 is usual. None: it is fitted.")
     if not text_features.any(dim=1).all():
         row = int((~text_features.any(dim=1)).nonzero()[0])
         raise ValueError(f"text_features[{row}] is zero, so that it has no direction. Embed the class prompts again.")
+    present = torch.bincount(labels, minlength=classes) > 0
+    if not present.all():
+        names = None if class_names is None else [class_names[row] for row in present.nonzero()[:, 0].tolist()]
+        options = {"temperature": temperature, "folds": folds, "seed": seed, "progress": progress}
+        return _among_present(image_features, text_features, labels, present, names, options)
     with full_precision():
         data = Data(image_features, text_features, labels)
         unknown = _unknown_classes(data, class_names)
@@ -148,6 +157,28 @@ def label_trust(
     counts = torch.bincount(labels, minlength=classes)
     class_noise = torch.zeros(classes, device=labels.device).index_add_(0, labels, wrong) / counts
     return Trust(probability, transition, float(wrong.mean()), class_noise, unknown)
+
+
+def _among_present(
+    image_features: Tensor,
+    text_features: Tensor,
+    labels: Tensor,
+    present: Tensor,
+    class_names: Sequence[str] | None,
+    options: dict[str, Any],
+) -> Trust:
+    """`label_trust` among the classes that have samples: what an empty class is labelled as cannot be known."""
+    classes, rows = len(present), present.nonzero()[:, 0]
+    if len(rows) < 2:
+        raise ValueError("Only one class has samples, so that no label can be wrong. Trust needs at least two.")
+    renumbered = (present.cumsum(0) - 1)[labels]
+    found = label_trust(image_features, text_features[rows], renumbered, class_names=class_names, **options)
+    transition = torch.eye(classes, device=labels.device)
+    transition[rows[:, None], rows] = found.transition
+    class_noise = torch.full((classes,), torch.nan, device=labels.device)
+    class_noise[rows] = found.class_noise
+    unknown = tuple(int(rows[number]) for number in found.unknown)
+    return replace(found, transition=transition, class_noise=class_noise, unknown=unknown)
 
 
 class Data:
