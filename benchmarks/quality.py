@@ -22,6 +22,7 @@ among right labels and undamaged images, of which there may be fewer than asked 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -385,6 +386,7 @@ def work(arguments: argparse.Namespace) -> None:
     mine = {group: list(runs_of(group[1], group[0], arguments)) for group in groups[number::of]}
     for run in (run for runs in mine.values() for run in runs if run.method in arguments.redo):
         run.path(folder).unlink(missing_ok=True)
+    check_experiment(folder, first.experiment)
     opened: dict[str | None, Any] = {None: first}
     for (seed, setting), runs in mine.items():
         missing = [run for run in runs if not run.path(folder).exists()]
@@ -395,9 +397,31 @@ def work(arguments: argparse.Namespace) -> None:
             opened[damage] = first.with_damage(damage)
         group = Group(opened[damage], setting, seed)
         for run in missing:
-            result = perform(run, group) | made_with()
+            result = perform(run, group) | made_with() | {"experiment": first.experiment | {"code": code()}}
             save(run.path(folder), result)
             tell(run.path(folder), result)
+
+
+def check_experiment(folder: Path, experiment: dict[str, Any]) -> None:
+    """Runs on other data, or by another protocol, are not gone on with.
+
+    Raises:
+        ValueError: naming the first run that is.
+    """
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text()).get("experiment", experiment)
+        differing = [name for name in experiment if found.get(name) != experiment[name]]
+        if differing:
+            raise ValueError(f"{path} was made with other {', '.join(differing)}: name another folder for --runs.")
+
+
+def code() -> str:
+    """What tells one state of the package from another: a digest of its source."""
+    folder = Path(ss.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def save(path: Path, result: dict[str, Any]) -> None:

@@ -7,10 +7,10 @@ share). Seconds are those of the processor, so that other work on the machine do
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from selectsampler.recipes import cifar, digits
@@ -45,6 +45,7 @@ class Digits:
     settings = ("none", "symmetric:0.2", "symmetric:0.4", "symmetric:0.6")
     protocol = DIGITS
     proxies = Proxies(early=3, whole=12)
+    experiment: ClassVar[dict[str, Any]] = {"data": "digits", "protocol": asdict(DIGITS)}
 
     def __init__(self) -> None:
         pretrain, self.training, test = digits.load_splits()
@@ -121,6 +122,11 @@ class CifarHalf:
         self.data = data.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         self.truth = data.labels
         self.images = cifar.Pixels(data)
+        clip = str(arguments.clip)  # wherever it lies
+        if clip.startswith("local-dir:"):
+            clip = f"local-dir:{Path(clip).name}"
+        made_of = {"data": arguments.data.name, "per_class": arguments.per_class, "clip": clip}
+        self.experiment = made_of | {"protocol": asdict(CIFAR)}
 
     def with_damage(self, kind: str | None) -> "CifarHalf":
         """The same images, some of them damaged; itself for None."""

@@ -44,6 +44,7 @@ from selectsampler.recipes.experiment import (
     first_of_each_class,
     open_report,
     parse,
+    positive,
     setting_of,
     with_arguments,
 )
@@ -150,6 +151,11 @@ def load(path: Path, *, first_per_class: int | None = None, corrupt: str | None 
         ValueError: if there is nothing of the kind at `path`, or the images are not all of one size.
     """
     training, test = open_splits(path)
+    if list(training.classes) != list(test.classes):
+        odd = sorted(set(training.classes) ^ set(test.classes))
+        raise ValueError(
+            f"{path}: {odd[0]!r}, for one, is a class of training or test only. Both need the same classes."
+        )
     training, _ = first_of_each_class(training, first_per_class)
     training, damaged = damage(training, corrupt)
     return Cifar(*decode(training), *decode(test), list(test.classes)), damaged
@@ -158,20 +164,40 @@ def load(path: Path, *, first_per_class: int | None = None, corrupt: str | None 
 def open_splits(path: Path) -> tuple[Any, Any]:
     """Training and test set, as data sets of (PIL image, label)."""
     if path.is_file():
-        with zipfile.ZipFile(path) as archive:
-            folders = {str(Path(name).parents[1]) for name in archive.namelist() if name.count("/") > 1}
-        roots = {split: [folder for folder in folders if Path(folder).name == split] for split in ("train", "test")}
-        if all(roots.values()):
-            return ZippedImageFolder(path, roots["train"][0]), ZippedImageFolder(path, roots["test"][0])
+        return zipped_splits(path)
     for kind in (CIFAR10, CIFAR100):
         if (path / kind.base_folder).is_dir():
-            return kind(path, train=True), kind(path, train=False)
+            try:
+                return kind(path, train=True), kind(path, train=False)
+            except RuntimeError as error:
+                raise ValueError(f"{path / kind.base_folder}: {error} Download it again.") from None
     if (path / "train").is_dir() and (path / "test").is_dir():
         return ImageFolder(path / "train"), ImageFolder(path / "test")
     raise ValueError(
         f"{path} holds no CIFAR: give the folder that torchvision downloads to, or a folder or zip with train/CLASS/ "
         "and test/CLASS/ in it."
     )
+
+
+def zipped_splits(path: Path) -> tuple[Any, Any]:
+    """Training and test set in a zip of an image folder."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [Path(name) for name in archive.namelist() if not name.startswith("__MACOSX/")]
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path} is no zip file: unpack other archives, and give the folder.") from None
+    folders = {name.parents[1] for name in names if len(name.parents) > 2 and name.parents[1].name in ("train", "test")}
+    roots = [folder for split in ("train", "test") for folder in folders if folder.name == split]
+    if [root.name for root in roots] != ["train", "test"]:
+        found = ", ".join(sorted(map(str, folders))) or "none"
+        raise ValueError(f"{path} must hold one folder train/CLASS/ and one test/CLASS/, but of such it holds {found}.")
+    training, test = (ZippedImageFolder(path, str(root), accept=not_hidden) for root in roots)
+    return training, test
+
+
+def not_hidden(name: str) -> bool:
+    """Whether a file is an image and not what macOS keeps beside it."""
+    return not Path(name).name.startswith(".")
 
 
 def decode(dataset: Dataset) -> tuple[Tensor, Tensor]:
@@ -287,6 +313,11 @@ def fit(
         model.parameters(), lr=0.0, momentum=protocol.momentum, weight_decay=protocol.weight_decay, nesterov=True
     )
     updates = protocol.count(len(sampler))
+    if len(sampler) < protocol.batch_size or updates < 1:
+        raise ValueError(
+            f"The selection has {len(sampler)} samples, less than one batch of {protocol.batch_size}: give a smaller "
+            "--batch-size."
+        )
     model.train()
     with progress_bar(description, updates, unit="update") as bar:
         for step, indices in enumerate(batches(sampler, updates, protocol.batch_size, on_epoch_start)):
@@ -331,7 +362,7 @@ def batches(
     while count > 0:
         (on_epoch_start or sampler.set_epoch)(epoch)
         whole = len(sampler) // batch_size
-        if whole == 0:
+        if whole == 0:  # a selection that changed while the network trained
             raise ValueError(f"The selection has {len(sampler)} samples, less than one batch of {batch_size}.")
         yield from torch.tensor(list(sampler)).split(batch_size)[: min(whole, count)]
         count -= whole
@@ -373,10 +404,19 @@ def create_model(name: str, classes: int) -> nn.Module:
     """A network with random weights, by the names of `Protocol.model`."""
     if name == "quick_resnet":
         return quick_resnet(classes)
-    model = timm.create_model(name.removesuffix("_cifar"), num_classes=classes)
-    if name.endswith("_cifar"):  # made for 224 x 224: the stem would shrink 32 x 32 to 8 x 8
-        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        model.maxpool = nn.Identity()
+    timm_name, small = name.removesuffix("_cifar"), name.endswith("_cifar")
+    try:
+        model = timm.create_model(timm_name, num_classes=classes)
+        if model.pretrained_cfg.get("fixed_input_size", False):
+            model = timm.create_model(timm_name, num_classes=classes, img_size=32)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"timm has no model {timm_name!r} for 32 x 32 pixels: {error}") from None
+    if not small:
+        return model
+    if not hasattr(model, "conv1") or not hasattr(model, "maxpool"):
+        raise ValueError(f"{name!r}: only ResNets have a form for 32 x 32 pixels; give {timm_name!r} as it is.")
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)  # made for 224 x 224: the stem would shrink 32 to 8
+    model.maxpool = nn.Identity()
     return model
 
 
@@ -420,7 +460,7 @@ def main() -> None:
     """Run what the command line says, and print the table."""
     try:
         print(table(run(parse_arguments())))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"cifar.py: {error}") from None
 
 
@@ -431,15 +471,23 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="torchvision's CIFAR folder, an image folder, or a zip of one")
     add("--noise", metavar="KIND:RATE", help="label noise: symmetric, asymmetric, pair, instance; human:FILE:KIND")
     add("--keep", default="0.5", help="share of the training set to train on (%(default)s)")
-    add("--first-per-class", type=int, metavar="K", help="take the first K training images of each class only")
+    add(
+        "--first-per-class",
+        type=positive,
+        metavar="K",
+        help="take the first K training images of each class only, as a pool that the CLIP was not pretrained on",
+    )
     add("--model", help="resnet18_cifar (the default), resnet50_cifar, quick_resnet, or any model of timm")
     return parse(parser, words, Protocol(), QUICK, quick_per_class=QUICK_PER_CLASS)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Do every run that the report lacks, and return the report."""
-    experiment = CifarExperiment(arguments, with_arguments(QUICK if arguments.quick else Protocol(), arguments))
+    protocol = with_arguments(QUICK if arguments.quick else Protocol(), arguments)
+    experiment = CifarExperiment(arguments, protocol)
     report = open_report(arguments.report, experiment.setting, packages=(torch, ss))
+    create_model(protocol.model, len(experiment.class_names))  # says what is wrong with its name
+    experiment.prepare()
     return complete(report, arguments, experiment.run)
 
 
@@ -452,6 +500,10 @@ class CifarExperiment(Experiment):
         self.protocol = protocol
         self.setting = setting_of(arguments) | asdict(protocol)
         self.on_device = data.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def noise_features(self) -> Tensor:
+        """(N, S), float32: standardised pixels, as the paper of part-dependent noise takes them."""
+        return as_input(self.on_device.images.cpu()).flatten(1)
 
     def run(self, method: str, seed: int) -> dict[str, Any]:
         """Choose, train and test: a row of the report."""
@@ -474,9 +526,12 @@ def table(report: dict[str, Any]) -> str:
     """The report as a person reads it: a line a method, and what selecting took."""
     setting = report["setting"]
     text = accuracy_table(report, data=setting["data"], model=setting["model"], accuracy="test accuracy")
-    stages = {stage: took for row in report["runs"] for stage, took in row["seconds"].items() if stage != "train"}
-    if stages:
-        text += "\n\nselecting: " + ", ".join(f"{stage} {took:.1f} s" for stage, took in stages.items())
+    for method in dict.fromkeys(row["method"] for row in report["runs"]):
+        own = [row["seconds"] for row in report["runs"] if row["method"] == method]
+        stages = [stage for stage in own[0] if stage != "train"]
+        if stages:
+            took = ", ".join(f"{stage} {np.mean([each[stage] for each in own]):.1f} s" for stage in stages)
+            text += f"\n\nselecting by {method}: {took}"
     return text
 
 

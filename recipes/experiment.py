@@ -22,6 +22,7 @@ import torch
 from selectsampler.recipes import noise
 from selectsampler.recipes.corruptions import Corrupted
 from torch import Tensor
+from torch.nn.functional import normalize
 from torch.utils.data import Dataset, Subset
 
 import selectsampler as ss
@@ -82,6 +83,9 @@ METHODS: dict[str, Callable[[Setting], Tensor]] = {
     "paper": chosen_by(ss.presets.paper),
     "oracle": lambda setting: setting.order[setting.right[setting.order]][: setting.count],
 }
+
+
+LOOKING = {"ours", "paper"}  # methods that choose by the embeddings
 
 
 @contextmanager
@@ -156,12 +160,17 @@ class Experiment:
         self.arguments, self.images, self.workers = arguments, images, workers
         self.truth, self.damaged, self.class_names = truth, damaged, class_names
         self.seconds: dict[str, float] = {}
+        resolve_budget(arguments.keep, None, len(truth))  # says what does not fit before anything is trained
+        if LOOKING & set(arguments.method) and arguments.clip is None:
+            raise ValueError(
+                f"This needs --clip: {' and '.join(sorted(LOOKING & set(arguments.method)))} look at images."
+            )
 
     @cached_property
     def embeddings(self) -> ss.Embeddings:
         """Of all images, with the labels as they came."""
         if self.arguments.clip is None:
-            raise ValueError("This needs --clip: embeddings decide which samples are kept, or which labels are wrong.")
+            raise ValueError("This needs --clip: the noise follows CLIP's features.")
         with timed(self.seconds, "embed"):
             return ss.embed(
                 self.images,
@@ -177,8 +186,18 @@ class Experiment:
         spec = self.arguments.noise
         if spec is None:
             return self.truth
-        features = self.embeddings.image.float() if spec.startswith("instance") else None
-        return noise.apply(spec, self.truth, classes=len(self.class_names), seed=seed, features=features)
+        features = self.noise_features() if spec.startswith("instance") else None
+        names = self.class_names
+        return noise.apply(spec, self.truth, classes=len(names), seed=seed, features=features, class_names=names)
+
+    def noise_features(self) -> Tensor:
+        """(N, S), float32: what noise follows that depends on the image; CLIP's directions."""
+        return normalize(self.embeddings.image.float(), dim=1)
+
+    def prepare(self) -> None:
+        """Embed before anything is trained, if a method asks for it: what is wrong with --clip shows at once."""
+        if LOOKING & set(self.arguments.method):
+            _ = self.embeddings
 
     def choose(self, method: str, labels: Tensor, seed: int) -> tuple[Tensor, dict[str, float]]:
         """The indices of what a method trains on, and the seconds of each stage that took it there."""
@@ -225,17 +244,24 @@ def parse(
     add("--corrupt", metavar="KIND:SEVERITY:SHARE", help="damaged images, as fog:3:0.2 or mixed:3:0.2")
     add("--method", nargs="+", choices=METHODS, default=["full", "random", "ours", "oracle"], help="(%(default)s)")
     add("--quick", action="store_true", help=f"{quick}, and --first-per-class {quick_per_class}")
-    add("--epochs", type=int, help=f"passes through each method's own selection ({usual.epochs})")
-    add("--updates", type=int, help="instead of --epochs: the same number of updates for every method")
-    add("--batch-size", type=int, help=f"({usual.batch_size})")
+    add("--epochs", type=positive, help=f"passes through each method's own selection ({usual.epochs})")
+    add("--updates", type=positive, help="instead of --epochs: the same number of updates for every method")
+    add("--batch-size", type=positive, help=f"({usual.batch_size})")
     add("--learning-rate", type=float, help=f"the highest ({usual.learning_rate})")
-    add("--seeds", type=int, default=1, help="runs, each with its own noise, subset and training (%(default)s)")
+    add("--seeds", type=positive, default=1, help="runs, each with its own noise, subset and training (%(default)s)")
     add("--report", type=Path, metavar="FILE.json", help="written after each run; what it holds already is not redone")
     add("--cache-dir", type=Path, help="keeps embeddings")
     arguments = parser.parse_args(words)
     if arguments.quick and arguments.first_per_class is None:
         arguments.first_per_class = quick_per_class
     return arguments
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, of a command line."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on.")
+    return int(text)
 
 
 def with_arguments(protocol: Protocol, arguments: argparse.Namespace) -> Protocol:
@@ -277,11 +303,15 @@ def open_report(path: Path | None, setting: dict[str, Any], packages: Sequence[M
     """The report at `--report`, to go on with, or a new one, which notes the versions of these packages.
 
     Raises:
-        ValueError: if the file is the report of another setting.
+        ValueError: if the file is no report, or that of another setting.
     """
     if path is not None and path.exists():
-        report = json.loads(path.read_text())
-        check_setting(path, report["setting"], setting)
+        try:
+            report = json.loads(path.read_text())
+            found = report["setting"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is no report of a recipe, or a damaged one: name another --report.") from None
+        check_setting(path, found, setting)
         return report
     machine = {"device": device_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     versions = {"python": platform.python_version()} | {module.__name__: module.__version__ for module in packages}

@@ -49,6 +49,7 @@ from selectsampler.recipes.experiment import (
     first_of_each_class,
     open_report,
     parse,
+    positive,
     setting_of,
     timed,
     with_arguments,
@@ -387,7 +388,10 @@ def train(
 def create_model(protocol: Protocol, classes: int) -> nn.Module:
     """A network of timm with random weights."""
     size = {"img_size": protocol.train_size} if has_fixed_size(protocol.model) else {}
-    return timm.create_model(protocol.model, num_classes=classes, **size)
+    try:
+        return timm.create_model(protocol.model, num_classes=classes, **size)
+    except RuntimeError as error:
+        raise ValueError(f"timm has no model {protocol.model!r}: {error}") from None
 
 
 def has_fixed_size(model: str) -> bool:
@@ -462,7 +466,7 @@ def main() -> None:
     """Run what the command line says, and print the table."""
     try:
         print(table(run(parse_arguments())))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"imagenet.py: {error}") from None
 
 
@@ -473,7 +477,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="the folder with train/WNID/*.JPEG and val/WNID/*.JPEG")
     add("--noise", metavar="KIND:RATE", help="label noise: symmetric, pair or instance")
     add("--keep", default="0.7", help="share of the training set to train on (%(default)s)")
-    add("--first-per-class", type=int, metavar="K", help="take the first K images of each class only")
+    add("--first-per-class", type=positive, metavar="K", help="take the first K images of each class only")
     add("--model", help="any model of timm (resnet50)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode images (%(default)s)")
     return parse(parser, words, Protocol(), QUICK, quick_per_class=QUICK_PER_CLASS)
@@ -491,6 +495,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Do every run that the report lacks, and return the report."""
     experiment = ImageNetExperiment(arguments, protocol_of(arguments))
     report = open_report(arguments.report, experiment.setting, packages=(torch, timm, ss))
+    create_model(experiment.protocol, len(experiment.class_names))  # says what is wrong with its name
+    experiment.prepare()
     return complete(report, arguments, experiment.run)
 
 

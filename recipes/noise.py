@@ -5,7 +5,7 @@ left to chance.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -27,6 +27,8 @@ __all__ = [
     "symmetric",
     "transition_matrix",
 ]
+
+CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 # truck -> automobile, bird -> airplane, deer -> horse, cat <-> dog (arXiv 1609.03683), classes in alphabetical order
 CIFAR10_MAP: Mapping[int, int] = MappingProxyType({9: 1, 2: 0, 4: 7, 3: 5, 5: 3})
@@ -85,10 +87,11 @@ def symmetric(labels: Tensor, rate: float, *, classes: int, seed: int) -> Tensor
         seed: of the rows and of their new labels.
 
     Raises:
-        ValueError: if the rate or the number of classes is out of range.
+        ValueError: if the rate, the labels or the number of classes are out of range.
     """
     if not 0 <= rate <= 1 or classes < 2:
         raise ValueError(f"rate={rate} and classes={classes}: a rate in [0, 1] and at least two classes are needed.")
+    check_labels(labels, samples=len(labels), classes=classes)
     random = np.random.default_rng(seed)
     rows = torch.from_numpy(random.permutation(len(labels))[: round(rate * len(labels))])
     flipped = labels.clone()
@@ -161,7 +164,8 @@ def instance_dependent(features: Tensor, labels: Tensor, rate: float, *, classes
 
     Args:
         features: (N, S), floating point; taken as given, and the longer they are, the more an image settles its wrong
-            class. The paper takes standardised pixels; of unit length, features barely matter.
+            class. The paper takes standardised pixels, of length 55 for CIFAR. CLIP's features settle it as much as
+            those where they are of unit length, and wholly as they come.
         labels: (N,), int64, in [0, classes).
         rate: in [0, 1].
         classes: at least 2.
@@ -222,7 +226,10 @@ def human(path: Path | str, kind: str, *, expected: Tensor | None = None) -> Ten
         raise ValueError(f"{path} has no 'clean_label', so that its order cannot be compared with the data set's.")
     clean = _label_column(columns, "clean_label", path)
     if not len(labels) == len(clean) == len(expected):
-        raise ValueError(f"{path} labels {len(labels)} images, but the data set has {len(expected)}.")
+        raise ValueError(
+            f"{path} labels {len(labels)} images, but the data set has {len(expected)}: human labels go with the whole "
+            "training set, in torchvision's order (no --quick, no --first-per-class)."
+        )
     differing = (clean != expected).nonzero()[:, 0]
     if len(differing):
         row = int(differing[0])
@@ -256,7 +263,15 @@ def transition_matrix(truth: Tensor, noisy: Tensor, classes: int) -> Tensor:
     return counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def apply(spec: str, labels: Tensor, *, classes: int, seed: int, features: Tensor | None = None) -> Tensor:
+def apply(
+    spec: str,
+    labels: Tensor,
+    *,
+    classes: int,
+    seed: int,
+    features: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Tensor:
     """The noise that `spec` names, (N,), int64.
 
     >>> apply("pair:0.5", torch.tensor([0, 0, 1, 1, 2, 2]), classes=3, seed=0)
@@ -269,6 +284,7 @@ def apply(spec: str, labels: Tensor, *, classes: int, seed: int, features: Tenso
         classes: C.
         seed: of the noise; human labels have none.
         features: (N, S), for `instance`.
+        class_names: C names, to tell whether the classes are CIFAR's where the noise is made for those.
 
     Raises:
         ValueError: if the spec, or what it asks for, does not fit.
@@ -280,7 +296,9 @@ def apply(spec: str, labels: Tensor, *, classes: int, seed: int, features: Tenso
             raise ValueError(
                 f"{spec!r} lacks a file or kind: write human:FILE:KIND, as human:CIFAR-10_human.pt:worse_label."
             )
-        return human(path, column, expected=labels)
+        given = human(path, column, expected=labels)
+        check_labels(given, samples=len(labels), classes=classes)
+        return given
     if kind not in ("symmetric", "asymmetric", "pair", "instance"):
         raise ValueError(f"{spec!r}: there is no noise {kind!r}, but symmetric, asymmetric, pair, instance and human.")
     try:
@@ -290,7 +308,7 @@ def apply(spec: str, labels: Tensor, *, classes: int, seed: int, features: Tenso
     if kind == "symmetric":
         return symmetric(labels, rate, classes=classes, seed=seed)
     if kind == "asymmetric":
-        return asymmetric(labels, rate, mapping=_cifar_map(spec, classes), seed=seed)
+        return asymmetric(labels, rate, mapping=_cifar_map(spec, classes, class_names), seed=seed)
     if kind == "pair":
         return pair_flip(labels, rate, classes=classes, seed=seed)
     if features is None:
@@ -298,11 +316,19 @@ def apply(spec: str, labels: Tensor, *, classes: int, seed: int, features: Tenso
     return instance_dependent(features, labels, rate, classes=classes, seed=seed)
 
 
-def _cifar_map(spec: str, classes: int) -> Mapping[int, int]:
-    if classes not in (10, 100):
+def _cifar_map(spec: str, classes: int, class_names: Sequence[str] | None) -> Mapping[int, int]:
+    hundred = sorted(name for family in CIFAR100_SUPERCLASSES.values() for name in family)
+    known: dict[int, Sequence[str]] = {10: CIFAR10_NAMES, 100: hundred}
+    if classes not in known:
         raise ValueError(
             f"{spec!r} is known for CIFAR's 10 and 100 classes, not for {classes}: call asymmetric(mapping=)."
         )
+    for found, expected in zip(class_names or known[classes], known[classes], strict=True):
+        if found.replace(" ", "_") != expected:
+            raise ValueError(
+                f"{spec!r} sends each of CIFAR's classes to one that resembles it, but here is a class {found!r} in "
+                f"the place of {expected!r}: name the folders as CIFAR does, or call asymmetric(mapping=)."
+            )
     return CIFAR10_MAP if classes == 10 else CIFAR100_MAP
 
 
@@ -324,6 +350,8 @@ def _load_arrays(path: Path | str) -> dict[str, object]:
     dtypes = [type(np.dtype(name)) for name in ("int8", "int16", "int32", "int64", "uint8")]
     rebuild = np.empty(0).__reduce__()[0]
     both = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]  # before, from numpy 2
+    if not hasattr(torch.serialization, "safe_globals"):
+        raise ValueError(f"To read {path} without running code takes torch 2.6 or newer; here is {torch.__version__}.")
     try:
         with torch.serialization.safe_globals([np.ndarray, np.dtype, *dtypes, *both]):
             columns = torch.load(path, map_location="cpu", weights_only=True)

@@ -279,6 +279,67 @@ def test_what_needs_embeddings_asks_for_a_clip(archive):
         cifar.run(arguments(archive, "--method", "ours"))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--keep", "1.5"], "1.5"),
+        (["--keep", "half"], "half"),
+        (["--method", "full", "ours"], "needs --clip"),
+        (["--model", "nope"], "no model 'nope'"),
+        (["--model", "efficientnet_b0_cifar"], "only ResNets"),
+        (["--keep", "0.1", "--method", "random"], "less than one batch of 12"),
+        (["--noise", "asymmetric:0.4"], "not for 3"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_trained(archive, words, message, monkeypatch):
+    monkeypatch.setattr(cifar, "as_input", lambda images: pytest.fail("a network saw images"))
+    with pytest.raises(ValueError, match=message):
+        cifar.run(arguments(archive, "--method", "full", *words))
+
+
+@pytest.mark.parametrize("words", [["--updates", "0"], ["--seeds", "-1"], ["--batch-size", "none"]])
+def test_numbers_that_count_something_are_counted_from_one(archive, words, capsys):
+    with pytest.raises(SystemExit):
+        arguments(archive, *words)
+    assert "whole number from 1 on" in capsys.readouterr().err
+
+
+def test_noise_that_follows_the_image_follows_its_pixels(archive):
+    words = arguments(archive, "--method", "full")
+    words.noise = "instance:0.5"
+    report = cifar.run(words)
+    assert report["runs"][0]["wrong_labels"] == 0.5
+
+
+def test_a_transformer_of_a_fixed_size_is_made_for_32_pixels():
+    model = cifar.create_model("vit_tiny_patch16_224", 10)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_a_zip_is_read_past_what_macos_keeps_in_it_and_refused_where_splits_differ(folder, tmp_path):
+    path = tmp_path / "colours.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for image in sorted(folder.rglob("*.png")):
+            name = image.relative_to(folder.parent)
+            file.write(image, name)
+            file.writestr(str(name.parent / f"._{name.name}"), b"not an image")
+            file.writestr(f"__MACOSX/{name}", b"not an image")
+    loaded, _ = cifar.load(path)
+    assert loaded.class_names == NAMES
+    assert len(loaded.labels) == 72
+    with zipfile.ZipFile(path, "a") as file:
+        file.write(image, "colours/train/another/0000.png")
+    with pytest.raises(ValueError, match="'another', for one, is a class of training or test only"):
+        cifar.load(path)
+    with zipfile.ZipFile(path, "a") as file:
+        file.write(image, "other/train/red/0000.png")
+    with pytest.raises(ValueError, match="must hold one folder train/CLASS/"):
+        cifar.load(path)
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="no zip file"):
+        cifar.load(path)
+
+
 @pytest.mark.slow
 def test_on_cifar_the_selection_leaves_wrong_labels_out_and_is_worth_more_than_all(cifar_zip, shared_clip):
     words = ["--data", str(cifar_zip), "--clip", shared_clip, "--noise", "symmetric:0.5", "--keep", "0.4", "--quick"]

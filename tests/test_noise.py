@@ -353,3 +353,25 @@ def test_a_spec_names_the_function_and_its_rate(cifar_n):
 def test_a_wrong_spec_is_named(spec, culprit):
     with pytest.raises(ValueError, match=culprit):
         apply(spec, TRUTH, classes=7, seed=0)
+
+
+def test_the_map_of_cifar_is_for_the_classes_of_cifar():
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    expected = apply("asymmetric:0.4", TENS, classes=10, seed=0)
+    assert torch.equal(apply("asymmetric:0.4", TENS, classes=10, seed=0, class_names=names), expected)
+    with pytest.raises(ValueError, match="a class 'automobile' in the place of 'airplane'"):
+        apply("asymmetric:0.4", TENS, classes=10, seed=0, class_names=[*sorted(["plane", *names[1:]])])
+
+
+def test_symmetric_noise_has_the_transition_matrix_of_its_definition_as_far_as_chance_allows():
+    truth = torch.arange(10).repeat(10_000)
+    matrix = transition_matrix(truth, symmetric(truth, 0.4, classes=10, seed=3), 10)
+    expected = torch.full((10, 10), 0.4 / 9, dtype=torch.float64).fill_diagonal_(0.6)
+    assert float((matrix - expected).abs().max()) < 5 * (0.6 * 0.4 / 10_000) ** 0.5
+    assert float(matrix.diagonal().mean()) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 1, 11]), torch.tensor([0, -1, 1])])
+def test_symmetric_noise_refuses_labels_that_are_no_classes(labels):
+    with pytest.raises(ValueError, match=r"labels\["):
+        symmetric(labels, 0.4, classes=10, seed=0)

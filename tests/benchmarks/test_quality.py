@@ -103,6 +103,15 @@ def test_damage_is_met_by_fewer_methods_and_a_clean_data_set_needs_no_oracle():
     assert len(set(paths)) == len(paths)
 
 
+def test_runs_of_another_protocol_are_not_gone_on_with(tmp_path, monkeypatch):
+    run(tmp_path, "--methods", "random", "--budgets", "updates")
+    run(tmp_path, "--methods", "random", "oracle", "--budgets", "updates")
+    shorter = quality_data.Digits.experiment | {"protocol": {"updates": 3}}
+    monkeypatch.setattr(quality_data.Digits, "experiment", shorter)
+    with pytest.raises(ValueError, match="was made with other protocol: name another folder"):
+        run(tmp_path, "--methods", "random", "--budgets", "updates")
+
+
 def test_a_setting_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"There is no setting fog:3:0\.2 of digits"):
         run(tmp_path, "--settings", "fog:3:0.2")
@@ -124,8 +133,13 @@ def test_the_best_is_bold_and_where_ours_is_not_the_table_says_so():
     assert "**85.0 ± 63.5**" in lines[3]
     assert "**90.0**" in lines[4]
     assert lines[5].count("**") == 0
-    verdict = "Ours is not the best in 1 of 2 columns (paired by seed): at 50%, equal updates, random is better by 10.0"
-    assert results.verdict("symmetric:0.4")[0].startswith(verdict)
+    ahead, behind = results.verdict("symmetric:0.4")[0].split("\n\n")
+    assert (
+        ahead == "Ours is ahead of the next in 1 columns (paired by seed): 50%, equal epochs: full by 30.0 (one seed)."
+    )
+    assert behind.startswith(
+        "Ours is behind the best in 1 columns (paired by seed): 50%, equal updates: random by 10.0 ±"
+    )
 
 
 def test_training_on_all_of_a_clean_data_set_is_no_competitor_and_stands_for_rs2():
@@ -148,7 +162,7 @@ def test_runs_are_joined_into_json_table_and_pictures(tmp_path):
     joined = json.loads((tmp_path / "out" / "quality-digits.json").read_text())
     assert joined == join([each | made_with for each in rows])
     assert joined["made_with"] == [made_with]
-    assert "Ours is" in (tmp_path / "out" / "quality-digits.md").read_text()
+    assert "Ours is ahead" in (tmp_path / "out" / "quality-digits.md").read_text()
     for picture in ("ratio", "time"):
         assert (tmp_path / "out" / f"quality-digits-{picture}.png").stat().st_size > 5000
 
