@@ -115,7 +115,7 @@ def _add_select(verbs: Any) -> None:
         "--weight",
         action="append",
         metavar="SCORE=NUMBER",
-        help="only scores that are named count (semantic_alignment=1 sample_diversity=0.1)",
+        help="maximise the sum of the scores that are named, so weighted, in place of a draw by trust and intactness",
     )
     verb.add_argument(
         "--balance",

@@ -411,3 +411,13 @@ def test_a_trusted_balance_asks_no_class_for_its_copies():
     scores = Scores({"trust": trust, "trusted_diversity": diversity}, labels=labels)
     chosen = select(scores, count=25).indices
     assert torch.equal(chosen, torch.arange(5, 30))
+
+
+def test_confusions_are_seen_where_the_scalars_are_fitted_to_few_samples_a_class(monkeypatch):
+    images, text, truth = made_images()
+    classes = len(text)
+    labels = noise.pair_flip(truth, 0.3, classes=classes, seed=0)
+    monkeypatch.setattr(module, "FITTED", 6 * classes * classes)  # six samples a class, as of 1,000 classes two
+    transition = label_trust(images, text, labels, progress=False).transition
+    rows = torch.arange(classes)
+    assert float(transition[rows, (rows + 1) % classes].mean()) == pytest.approx(0.3, abs=0.05)

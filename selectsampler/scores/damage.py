@@ -17,6 +17,7 @@ FEWEST = 30  # images that have twins; from fewer nothing can be learned
 FOLDS = 4
 HIDDEN = 128
 ROUNDS = ((250, 1.0), *[(250, 0.5)] * 4, (500, 0.8))  # steps, and the share of the images that are examples
+MANY = 2000  # twins from which on these are the steps
 BATCH = 256
 LEARNING_RATE = 5e-3
 STRANGERS = 0.2  # weight of images of no known kind of damage, beside the twins
@@ -124,9 +125,10 @@ def _cross_fitted(images: Tensor, damaged: Tensor, twins: Tensor, generator: tor
     """
     folds = torch.randperm(len(images), generator=generator).to(images.device) % FOLDS
     odds = torch.zeros(len(images), device=images.device)
+    effort = min(1.0, (len(twins) / MANY) ** 0.5)  # few twins are learned soon
     for steps, share in ROUNDS:
         usable = odds <= odds.sort().values[math.ceil(share * len(images)) - 1]
-        networks = _train(images, damaged, twins, folds, usable, generator, steps=steps)
+        networks = _train(images, damaged, twins, folds, usable, generator, steps=math.ceil(effort * steps))
         evidence = _evidence(networks, images, folds), _evidence(networks, damaged, folds[twins[:, 0]])
         odds = torch.lerp(_together(*evidence), _by_kinds(*evidence, twins[:, 1]), BY_KINDS)
     return torch.sigmoid(-odds).float()

@@ -26,6 +26,7 @@ FLATTERED = 1.33  # how much too high a temperature noise that follows the image
 BY_CHANCE = 0.01  # a gain in hits over the prompts that says little
 STANDS_OUT = 3.0  # standard deviations by which a confusion exceeds the background before it counts as one of its own
 PASSES = 8  # of expectation and maximisation, for the last transition matrix
+ENOUGH = 20  # samples a class that it takes to tell one confusion from chance
 REFERENCES, NEIGHBOURS, BANDWIDTH = 4096, 50, 0.1
 GROUP = 8  # references of which the most similar is looked at first
 NEGLIGIBLE = 0.02  # a weight of the neighbours that is not worth looking them up
@@ -149,8 +150,8 @@ def label_trust(
         transition = _transition(data, evidence, transition)
         probability = torch.cat(
             [
-                _of_label(_given_labels(evidence.logits(rows), transition, labels[rows]), labels[rows])
-                for rows in data.blocks()
+                _of_label(_given_labels(logits, transition, labels[rows]), labels[rows])
+                for logits, rows in evidence.in_blocks()
             ]
         )
     wrong = 1 - probability
@@ -344,14 +345,17 @@ def _anchored_transition(data: Data, heads: _Heads) -> Tensor:
 
 
 def _transition(data: Data, evidence: "_Evidence", transition: Tensor) -> Tensor:
-    """(C, C): the transition matrix under which the labels are likeliest, the evidence for true classes being given."""
-    logits, labels = evidence.logits_of_some, data.labels[evidence.some]
-    for _ in range(PASSES):
-        posterior = _given_labels(logits, transition, labels)
-        counts, variance = (  # of samples of z labelled y
-            torch.zeros_like(transition).index_add_(1, labels, values.T)
-            for values in (posterior, posterior * (1 - posterior))
-        )
+    """(C, C): the transition matrix under which the labels are likeliest, the evidence for true classes being given.
+
+    Fitted to some samples in a few passes; where these are few a class, to all samples, in one.
+    """
+    few = len(evidence.some) < min(len(data), ENOUGH * data.classes)
+    for _ in range(1 if few else PASSES):
+        counts, variance = torch.zeros_like(transition), torch.zeros_like(transition)  # of samples of z labelled y
+        for logits, rows in evidence.in_blocks() if few else [(evidence.logits_of_some, evidence.some)]:
+            posterior = _given_labels(logits, transition, data.labels[rows])
+            counts.index_add_(1, data.labels[rows], posterior.T)
+            variance.index_add_(1, data.labels[rows], (posterior * (1 - posterior)).T)
         transition = _without_chance(counts, variance)
     return transition
 
@@ -428,6 +432,11 @@ class _Evidence:
         if self.of_neighbours >= NEGLIGIBLE:
             own = self._joined(own, self.neighbours.log_posterior(rows))
         return torch.lerp(self._prompts(rows, own), own, self.share)
+
+    def in_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The logits of all samples and their rows, block by block."""
+        for rows in self.data.blocks():
+            yield self.logits(rows), rows
 
     def _joined(self, heads: Tensor, neighbours: Tensor) -> Tensor:
         """(b, C): the log posterior of heads and neighbours."""
