@@ -46,16 +46,28 @@ def top_k_in_ranges(utility: Tensor, k: int, *, groups: Tensor, lowest: Tensor, 
             f"The groups' ranges allow {int(lowest.sum())} to {int(highest.sum())} samples in all, but the budget is "
             f"{k}: widen them."
         )
-    values, group = utility.detach().cpu().double().numpy(), groups.cpu().numpy()
-    order = np.lexsort((np.arange(len(values)), -values, group))
-    starts = np.cumsum(sizes.numpy()) - sizes.numpy()
-    place = np.empty(len(values), dtype=np.int64)
-    place[order] = np.arange(len(values)) - starts[group[order]]  # of each sample in its group, the best first
-    chosen = place < lowest.numpy()[group]
-    free = np.flatnonzero(~chosen & (place < highest.numpy()[group]))
-    best = free[np.argsort(-values[free], kind="stable")[: k - int(chosen.sum())]]
-    chosen[best] = True
+    chosen = _Ordered(utility, groups).within(k, lowest, highest)
     return torch.from_numpy(np.flatnonzero(chosen)).to(utility.device)
+
+
+class _Ordered:
+    """Samples sorted once, among all and in their groups, to be chosen from under any ranges."""
+
+    def __init__(self, utility: Tensor, groups: Tensor) -> None:
+        self.values, self.group = utility.detach().cpu().double().numpy(), groups.cpu().numpy()
+        self.best_first = np.argsort(-self.values, kind="stable")
+        in_groups = self.best_first[np.argsort(self.group[self.best_first], kind="stable")]
+        sizes = np.bincount(self.group)
+        starts = np.cumsum(sizes) - sizes
+        self.place = np.empty(len(self.values), dtype=np.int64)  # of each sample in its group, the best first
+        self.place[in_groups] = np.arange(len(self.values)) - starts[self.group[in_groups]]
+
+    def within(self, k: int, lowest: Tensor, highest: Tensor) -> np.ndarray:
+        """(N,), bool: the best k within the ranges, which allow k."""
+        chosen = self.place < lowest.numpy()[self.group]
+        free = self.best_first[(~chosen & (self.place < highest.numpy()[self.group]))[self.best_first]]
+        chosen[free[: k - int(chosen.sum())]] = True
+        return chosen
 
 
 def prices(utility: Tensor, k: int, *, groups: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
@@ -67,18 +79,14 @@ def prices(utility: Tensor, k: int, *, groups: Tensor, lowest: Tensor, highest: 
 
     Arguments as in `top_k_in_ranges`.
     """
-    values = utility.detach().cpu().double()
-
-    def objective(least: Tensor, most: Tensor) -> float:
-        return float(values[top_k_in_ranges(values, k, groups=groups.cpu(), lowest=least, highest=most)].sum())
-
     lowest, highest = lowest.cpu(), highest.cpu()
-    held = objective(lowest, highest)
-    result = torch.zeros(len(lowest), dtype=torch.float64)
-    taken = top_k_in_ranges(values, k, groups=groups.cpu(), lowest=lowest, highest=highest)
+    taken = top_k_in_ranges(utility, k, groups=groups, lowest=lowest, highest=highest).cpu()
+    ordered = _Ordered(utility, groups)
+    held = ordered.values[taken.numpy()].sum()
     counts = torch.bincount(groups.cpu()[taken], minlength=len(lowest))
+    result = torch.zeros(len(lowest), dtype=torch.float64)
     for group in ((counts == lowest) | (counts == highest)).nonzero()[:, 0].tolist():  # others hold nothing back
         least, most = lowest.clone(), highest.clone()
         least[group], most[group] = 0, k
-        result[group] = max(0.0, objective(least, most) - held)
+        result[group] = max(0.0, ordered.values[ordered.within(k, least, most)].sum() - held)
     return result
