@@ -8,7 +8,7 @@ labelled. Noise: the share of wrong labels among the kept. Diversity: mean SDS (
 kept right-labelled samples over that of all right-labelled. Coverage: mean distance of every right-labelled sample to
 its nearest kept right-labelled one of its class, over that of a random right-labelled subset of the same size (lower is
 better). Trust and oracle are curves over the weight of diversity, read off where their diversity is the paper's or
-zero-shot's; `covering` is a curve too, trust with a weight for diversity and twice of it for coverage, by
+zero-shot's; `covering` is a curve too, trust with a weight for diversity and 1.5 times of it for coverage, by
 `method="group"`. `ours` is the draw that `select` makes by default, by trust alone and under those quotas.
 `presets.default` and `presets.paper` are what a user gets: all of their scores, their own
 quotas or none. The certificate is that of pure coverage (no utility) of what is trusted: how far below its upper bound
@@ -37,7 +37,8 @@ from selectsampler.scores import label_trust, sample_diversity, semantic_alignme
 NOISES = ("symmetric:0.2", "symmetric:0.4", "asymmetric:0.4")
 KEPT = (0.3, 0.5)
 WEIGHTS = (0.0, 0.003, 0.006, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
-COVERING_WEIGHTS = (0.0, 0.006, 0.012, 0.02, 0.035, 0.06)  # of diversity
+COVERING_WEIGHTS = (0.0, 0.004, 0.008, 0.012, 0.02, 0.035, 0.06)  # of diversity
+COVERAGE = 1.5  # its weight, for one of diversity
 DIVERSE = 0.02  # a weight of diversity to show beside the default
 CURVES = {"trust": WEIGHTS, "oracle": WEIGHTS, "covering": COVERING_WEIGHTS}
 Point = dict[str, float]
@@ -100,7 +101,7 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> list[dict[str, A
                 balance="given",
                 method="group",
                 score_weights={"trust": 1.0, "trusted_diversity": weight},
-                coverage_weight=2 * weight,
+                coverage_weight=COVERAGE * weight,
                 progress=False,
             )
             points[f"covering {weight}"] = judge(chosen.indices)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from conftest import make_images, make_tiny_clip
+from helpers import make_images, make_tiny_clip
 
 from selectsampler import Reselect, SelectSampler, embed, score, select
 from selectsampler.distributed import barrier, broadcast, check_agreement, gather

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import timm.data
 import torch
-from conftest import make_images
+from helpers import make_images
 from PIL import Image
 from torch.testing import assert_close
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
