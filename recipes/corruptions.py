@@ -375,7 +375,7 @@ def _check_kind(kind: str) -> None:
 
 
 def _check_severity(severity: int) -> None:
-    if severity not in (1, 2, 3, 4, 5):
+    if not isinstance(severity, int) or not 1 <= severity <= 5:
         raise ValueError(f"severity is {severity!r}, but it must be a whole number from 1 to 5.")
 
 
