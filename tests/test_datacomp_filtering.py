@@ -725,7 +725,7 @@ def test_a_sample_takes_at_most_24_bytes_even_where_all_are_kept(tmp_path, monke
         filter_pool(tmp_path / name, stages, f"{name}.npy", **options)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert 8 < (peaks[2] - peaks[1]) / 64_000 <= 24
+    assert 4 < (peaks[2] - peaks[1]) / 64_000 <= 24  # and it does see what grows
 
 
 MEMORY = """
