@@ -8,16 +8,16 @@ bfloat16 and torch.compile on a GPU. It was not run to its end here: there was n
 
 `--quick` is for two cores: the first 2,500 images of each class, a network of 0.46 M parameters, and 500 updates of 128
 for every method, so that all visit as many samples. Run once (seed 0) with `--noise symmetric:0.4 --keep 0.5` and a
-small CLIP pretrained on the other half of CIFAR-10, on one of an EPYC's two cores (torch 2.15, in bfloat16; tests ran
-on the other), it took 3 minutes and 16 seconds (benchmarks/results/cifar-quick.json):
+small CLIP pretrained on the other half of CIFAR-10, on one of an Intel Xeon's two cores (torch 2.14.1, in float32; other
+work ran on the other), it took 6 minutes and 20 seconds (benchmarks/results/cifar-quick.json):
 
     trained on     test accuracy  wrong labels  samples  select    train
-    full                 54.69 %        40.0 %    25000     0.0 s    32.9 s
-    random               52.01 %        40.3 %    12500     0.0 s    31.5 s
-    ours                 70.95 %         2.9 %    12500    46.4 s    33.5 s
-    oracle               70.94 %         0.0 %    12500     0.0 s    36.7 s
+    full                 54.22 %        40.0 %    25000     0.0 s    95.0 s
+    random               53.24 %        40.3 %    12500     0.0 s    68.0 s
+    ours                 71.46 %         2.8 %    12500    70.2 s    68.2 s
+    oracle               70.58 %         0.0 %    12500     0.0 s    70.7 s
 
-`select` is embedding (32.1 s), scoring (14.3 s) and selecting. The oracle draws among right labels. One seed cannot
+`select` is embedding (56.1 s), scoring (14.0 s) and selecting. The oracle draws among right labels. One seed cannot
 tell ours from the oracle.
 Every seed draws its own noise, subset, network and order; damage is the same for all. With `--report FILE.json` a run
 that was interrupted goes on with what is missing.
