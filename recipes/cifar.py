@@ -8,8 +8,8 @@ bfloat16 and torch.compile on a GPU. It was not run to its end here: there was n
 
 `--quick` is for two cores: the first 2,500 images of each class, a network of 0.46 M parameters, and 500 updates of 128
 for every method, so that all visit as many samples. Run once (seed 0) with `--noise symmetric:0.4 --keep 0.5` and a
-small CLIP pretrained on the other half of CIFAR-10, on one of an Intel Xeon's two cores (torch 2.14.1, in float32; other
-work ran on the other), it took 6 minutes and 20 seconds (benchmarks/results/cifar-quick.json):
+small CLIP pretrained on the other half of CIFAR-10, on one of an Intel Xeon's two cores (torch 2.14.1, in float32;
+other work ran on the other), it took 6 minutes and 20 seconds (benchmarks/results/cifar-quick.json):
 
     trained on     test accuracy  wrong labels  samples  select    train
     full                 54.22 %        40.0 %    25000     0.0 s    95.0 s
