@@ -237,7 +237,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         add("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="(%(default)s)")
         add("--seeds", type=int, default=5, help="(%(default)s)")
         add("--shard", type=shard_of, default=(0, 1), metavar="I/N", help="do every N-th setting and seed, from I")
-        add("--redo", nargs="+", choices=METHODS, default=[], metavar="METHOD", help="forget their runs first (not to go on)")
+        add("--redo", nargs="+", choices=METHODS, default=[], metavar="METHOD", help="forget these runs first")
         if name == "cifar":
             add("--data", type=Path, required=True, help="CIFAR-10, as recipes/cifar.py takes it")
             add("--clip", required=True, help="the CLIP model")
