@@ -487,8 +487,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     experiment = CifarExperiment(arguments, protocol)
     report = open_report(arguments.report, experiment.setting, packages=(torch, ss))
     create_model(protocol.model, len(experiment.class_names))  # says what is wrong with its name
-    experiment.prepare()
-    return complete(report, arguments, experiment.run)
+    return complete(report, arguments, experiment.run, prepare=experiment.prepare)
 
 
 class CifarExperiment(Experiment):

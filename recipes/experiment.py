@@ -195,9 +195,8 @@ class Experiment:
         return normalize(self.embeddings.image.float(), dim=1)
 
     def prepare(self) -> None:
-        """Embed before anything is trained, if a method asks for it: what is wrong with --clip shows at once."""
-        if LOOKING & set(self.arguments.method):
-            _ = self.embeddings
+        """Embed before anything is trained: what is wrong with --clip, or with an image, shows at once."""
+        _ = self.embeddings
 
     def choose(self, method: str, labels: Tensor, seed: int) -> tuple[Tensor, dict[str, float]]:
         """The indices of what a method trains on, and the seconds of each stage that took it there."""
@@ -334,7 +333,11 @@ def save_report(path: Path | None, report: dict[str, Any]) -> None:
 
 
 def complete(
-    report: dict[str, Any], arguments: argparse.Namespace, run: Callable[[str, int], dict[str, Any]]
+    report: dict[str, Any],
+    arguments: argparse.Namespace,
+    run: Callable[[str, int], dict[str, Any]],
+    *,
+    prepare: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Do every run that the report lacks, and write the report after each.
 
@@ -342,17 +345,19 @@ def complete(
         report: as `open_report` gives it.
         arguments: as `parse` gives them.
         run: makes a row of the report of a method and a seed.
+        prepare: called first where a method that looks at the embeddings is missing.
     """
     done = {(row["method"], row["seed"]) for row in report["runs"]}
-    for seed in range(arguments.seeds):
-        for method in arguments.method:
-            if (method, seed) in done:
-                continue
-            row = run(method, seed)
-            report["runs"].append(row)
-            stages = ", ".join(f"{stage} {took:.1f} s" for stage, took in row["seconds"].items())
-            print(f"{method}, seed {seed}: {100 * row['accuracy']:.2f} % ({stages})", flush=True)
-            save_report(arguments.report, report)
+    wanted = [(method, seed) for seed in range(arguments.seeds) for method in arguments.method]
+    missing = [each for each in wanted if each not in done]
+    if prepare is not None and any(method in LOOKING for method, _ in missing):
+        prepare()
+    for method, seed in missing:
+        row = run(method, seed)
+        report["runs"].append(row)
+        stages = ", ".join(f"{stage} {took:.1f} s" for stage, took in row["seconds"].items())
+        print(f"{method}, seed {seed}: {100 * row['accuracy']:.2f} % ({stages})", flush=True)
+        save_report(arguments.report, report)
     return report
 
 

@@ -496,8 +496,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     experiment = ImageNetExperiment(arguments, protocol_of(arguments))
     report = open_report(arguments.report, experiment.setting, packages=(torch, timm, ss))
     create_model(experiment.protocol, len(experiment.class_names))  # says what is wrong with its name
-    experiment.prepare()
-    return complete(report, arguments, experiment.run)
+    return complete(report, arguments, experiment.run, prepare=experiment.prepare)
 
 
 class ImageNetExperiment(Experiment):
