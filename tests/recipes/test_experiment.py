@@ -113,7 +113,7 @@ def test_the_committed_report_is_gone_on_with_wherever_its_clip_lies():
         "ours": 71.46,
         "oracle": 70.58,
     }
-    assert "ours                 71.46 %         2.9 %    0.0 %    12500" in cifar.table(report)
+    assert "ours                 71.46 %         2.8 %    0.0 %    12500" in cifar.table(report)
 
 
 def test_a_new_report_notes_what_it_is_made_with(tmp_path):
