@@ -273,7 +273,10 @@ def _log_odds(of_images: Tensor, of_twins: Tensor, *, least: float) -> Tensor:
         p = torch.sigmoid(inputs @ beta)
         gradient = inputs.T @ p / len(images) - target + prior * (beta - expected)
         curvature = (inputs * (p * (1 - p))[:, None]).T @ inputs / len(images) + torch.diag(prior)
-        beta = beta - torch.linalg.solve(curvature, gradient).clamp(-1, 1)
+        step = torch.linalg.solve(curvature, gradient).clamp(-1, 1)
+        beta = beta - step
+        if float(step.abs().max()) < 1e-9:
+            break
     slope = beta[0].clamp(min=1e-3)  # more evidence is never a better sign, whatever a handful of twins says
     return slope * (of_images.double() - middle) + beta[1]
 
