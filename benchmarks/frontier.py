@@ -10,10 +10,10 @@ its nearest kept right-labelled one of its class, over that of a random right-la
 better). Trust and oracle are curves over the weight of diversity, read off where their diversity is the paper's or
 zero-shot's; `covering` is a curve too, trust with a weight for diversity and 1.5 times of it for coverage, by
 `method="group"`. `ours` is the draw that `select` makes by default, by trust alone and under those quotas.
-`presets.default` and `presets.paper` are what a user gets: all of their scores, their own
-quotas or none. The certificate is that of pure coverage (no utility) of what is trusted: how far below its upper bound
-the greedy subset lies, over how far below a random one does. The oracle is a linear head cross-fitted on the true
-labels, whose posterior goes through the same transition matrix and the same diversity.
+`presets.default` and `presets.paper` are what a user gets: all of their scores, their own quotas or none. The
+certificate is that of pure coverage (no utility) of what is trusted: how far below its upper bound the greedy subset
+lies, over how far below a random one does. The oracle is a linear head cross-fitted on the true labels, whose posterior
+goes through the same transition matrix and the same diversity.
 """
 
 import argparse
