@@ -80,7 +80,8 @@ class Protocol:
         optimizer, learning_rate, weight_decay: of timm; the rate is the highest.
         warmup: the share of the updates over which the rate rises, linearly, before it falls along a cosine.
         augmentation: timm's name of it; comes after a random crop and flip.
-        mixup, cutmix: alphas; one of the two is applied to every batch; the loss is binary cross-entropy.
+        mixup, cutmix: alphas; one of the two is applied to every batch; the loss is binary cross-entropy, for which
+            each class with more than `PRESENT` of an image is in it.
     """
 
     model: str = "resnet50"
@@ -103,6 +104,7 @@ class Protocol:
         return self.epochs * (samples // self.batch_size) if self.updates is None else self.updates
 
 
+PRESENT = 0.2  # a mixed image holds every class whose share of it is above this: timm's --bce-target-thresh
 QUICK_PER_CLASS = 4
 QUICK = Protocol(model="test_resnet", train_size=64, test_size=64, updates=62, batch_size=64)
 
@@ -269,7 +271,7 @@ class Run:
         self.network = torch.compile(self.model) if self.device.type == "cuda" else self.model
         self.optimizer, self.schedule = create_optimizer(self.model, protocol, self.updates)
         self.mixup = Mixup(protocol.mixup, protocol.cutmix, label_smoothing=0.0, num_classes=classes)
-        self.loss = BinaryCrossEntropy(smoothing=0.0)
+        self.loss = BinaryCrossEntropy(smoothing=0.0, target_threshold=PRESENT)
         self.loader, self.validation = create_loaders(self.model, data, labels, sampler, protocol, workers)
 
     @property

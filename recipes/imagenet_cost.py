@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from selectsampler.recipes.imagenet import Images, Protocol, create_model, create_optimizer, load
+from selectsampler.recipes.imagenet import PRESENT, Images, Protocol, create_model, create_optimizer, load
 from timm.data import create_transform
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
@@ -189,7 +189,7 @@ def rate_of_training(protocol: Protocol, device: torch.device) -> float:
     def update(_: int) -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             logits = network(pixels)
-        loss = BinaryCrossEntropy(smoothing=0.0)(logits.float(), targets)
+        loss = BinaryCrossEntropy(smoothing=0.0, target_threshold=PRESENT)(logits.float(), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -125,6 +125,7 @@ def test_the_arguments_for_timm_train_make_the_same_schedule_optimizer_and_augme
     assert given.input_size == [3, protocol.train_size, protocol.train_size]
     assert (given.aa, given.mixup, given.cutmix) == (protocol.augmentation, protocol.mixup, protocol.cutmix)
     assert given.bce_loss
+    assert given.bce_target_thresh == imagenet.PRESENT
     assert given.smoothing == 0
 
 
@@ -136,6 +137,13 @@ def test_batches_are_the_samplers_at_the_training_size_and_validation_is_whole(d
     images, _ = next(iter(run.loader))
     assert images.shape == (4, 3, 32, 32)
     assert sum(len(labels) for _, labels in run.validation) == 6
+
+
+def test_a_mixed_image_holds_both_of_its_classes_whole(data):
+    run = imagenet.Run(data, data.labels, SelectSampler(range(18), seed=5), TINY, seed=0, workers=0)
+    logits = torch.randn(1, 3)
+    mixed, both = torch.tensor([[0.7, 0.3, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    assert_close(run.loss(logits, mixed), torch.nn.functional.binary_cross_entropy_with_logits(logits, both))
 
 
 def test_the_labels_trained_on_are_those_given(data):
