@@ -12,14 +12,14 @@ end: there was neither ImageNet nor a GPU. For several GPUs there is recipes/tim
 64 for every method. Run once through every stage (`--noise symmetric:0.4 --keep 0.5 --method full ours`, seed 0) on a
 made folder of all 1,000 wnids with 4 + 1 JPEGs of 500 x 375 pixels and 92 KB each, enlarged from CIFAR-10
 (tests/made_imagenet.py), with a small CLIP, on one thread of a processor with two cores that several other processes
-shared (torch 2.15, timm 1.0.31). In five minutes it showed that all stages fit together, and nothing of accuracy, for
-what is in these images has nothing to do with their labels:
+shared (AMD EPYC, torch 2.14; benchmarks/results/imagenet-quick.json). It showed that all stages fit together, and
+nothing of accuracy, for what is in these images has nothing to do with their labels:
 
     trained on             top-1  wrong labels  samples    select     train
-    full                  0.40 %        40.0 %     4000     0.0 s    41.6 s
-    ours                  0.10 %        41.9 %     2000   207.6 s    35.8 s
+    full                  0.40 %        40.0 %     4000     0.0 s    71.2 s
+    ours                  0.20 %        41.0 %     2000   391.3 s    92.3 s
 
-    images a second: train 103, embed 38, score 39, select 30,675
+    images a second: train 49, embed 21, score 20, select 11,042
 
 What ImageNet itself would cost is counted up by recipes/imagenet_cost.py. With `--report FILE.json` a run that was
 interrupted goes on after its last epoch, and a report with what is missing.

@@ -103,8 +103,6 @@ def _by_method(problem: Problem, quotas: Tensor | None, options: Options) -> Sol
 
 def _drawn(problem: Problem, groups: Tensor | None, quotas: Tensor | None, options: Options) -> Solved:
     columns = problem.table.columns
-    if "trust" not in columns:
-        raise ValueError("method='draw' needs the score 'trust': score() gives it where there are two classes or more.")
     trust = problem.of_eligible(columns["trust"]).double()
     ranges = {"groups": groups, "quotas": quotas}
     worth, limits = _worth(problem, trust, options.risk, **ranges)

@@ -260,6 +260,8 @@ def select(
         raise ValueError(f"risk is {risk}, but it must be a share in [0, 1].")
     if method == "auto":
         method = "draw" if "trust" in table.columns and score_weights is None else "exact"
+    if method == "draw" and "trust" not in table.columns:
+        raise ValueError("method='draw' needs the score 'trust': score() gives it where there are two classes or more.")
     if method == "draw" and score_weights is not None:
         raise ValueError("method='draw' knows no score_weights: use method='exact' or 'group'.")
     if score_weights is None and isinstance(scores, Scores):

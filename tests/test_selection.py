@@ -275,6 +275,8 @@ def test_a_draw_says_how_far_from_the_safest_it_is():
 def test_a_draw_needs_trust_and_takes_no_weights():
     with pytest.raises(ValueError, match="needs the score 'trust'"):
         select(torch.rand(10), 0.5, method="draw")
+    with pytest.raises(ValueError, match="needs the score 'trust'"):
+        select(torch.rand(10), 0.5, method="draw", groups=torch.arange(10) % 2, shares={0: (0.4, 0.6)})
     with pytest.raises(ValueError, match="knows no score_weights"):
         select(safe_scores(300), 0.5, method="draw", score_weights={"trust": 1.0})
     with pytest.raises(ValueError, match=r"risk is 1\.5"):
