@@ -11,7 +11,7 @@ from selectsampler.recipes.data import ZippedImageFolder
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-__all__ = ["interval", "linear_head", "pool"]
+__all__ = ["half_width", "interval", "linear_head", "pool"]
 
 
 def pool(data: Path, *, change: Callable[[Any], Any] | None = None) -> ZippedImageFolder:
@@ -31,9 +31,12 @@ def linear_head(directions: Tensor, labels: Tensor, seed: int, *, strength: floa
     return torch.from_numpy(posterior).float()
 
 
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the mean, by Student's t over the seeds; two or more."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5)
+
+
 def interval(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and 95 % interval by Student's t over the seeds."""
-    if len(values) < 2:
-        return f"{np.mean(values):.{digits}f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
+    """Mean and 95 % interval over the seeds; of a single seed its value."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {half_width(values):.{digits}f}"

@@ -8,7 +8,7 @@ labelled. Noise: the share of wrong labels among the kept. Diversity: mean SDS (
 kept right-labelled samples over that of all right-labelled. Coverage: mean distance of every right-labelled sample to
 its nearest kept right-labelled one of its class, over that of a random right-labelled subset of the same size (lower is
 better). Trust and oracle are curves over the weight of diversity, read off where their diversity is the paper's or
-zero-shot's; `covering` is a curve too, trust with a weight for diversity and 1.5 times of it for coverage, by
+zero-shot's; `covering` is a curve too, trust with a weight for diversity and 1.25 times of it for coverage, by
 `method="group"`. `ours` is the draw that `select` makes by default, by trust alone and under those quotas.
 `presets.default` and `presets.paper` are what a user gets: all of their scores, their own quotas or none. The
 certificate is that of pure coverage (no utility) of what is trusted: how far below its upper bound the greedy subset
@@ -20,6 +20,7 @@ import argparse
 import json
 import platform
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,13 @@ from selectsampler.scores import label_trust, sample_diversity, semantic_alignme
 
 NOISES = ("symmetric:0.2", "symmetric:0.4", "asymmetric:0.4")
 KEPT = (0.3, 0.5)
-WEIGHTS = (0.0, 0.003, 0.006, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
-COVERING_WEIGHTS = (0.0, 0.004, 0.008, 0.012, 0.02, 0.035, 0.06)  # of diversity
-COVERAGE = 1.5  # its weight, for one of diversity
+WEIGHTS = (0.0, 0.003, 0.006, 0.008, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
+COVERING_WEIGHTS = (0.0, 0.0065, 0.0085, 0.0125, 0.02, 0.035, 0.05)  # of diversity
+COVERAGE = 1.25  # its weight, for one of diversity
 DIVERSE = 0.02  # a weight of diversity to show beside the default
 CURVES = {"trust": WEIGHTS, "oracle": WEIGHTS, "covering": COVERING_WEIGHTS}
+POINTS = tuple(f"{curve} {weight}" for curve, weights in CURVES.items() for weight in weights)
+NAMES = ("random", "the paper", "zero-shot", "ours", "presets.default", "presets.paper", *POINTS)
 Point = dict[str, float]
 
 
@@ -56,21 +59,26 @@ def main() -> None:
     embeddings = ss.embed(dataset, arguments.clip, class_names=dataset.classes, cache_dir=arguments.cache_dir)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
     results |= {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
-    done = {(row["noise"], row["seed"]) for row in results["rows"]}
+    rows = {(row["noise"], row["kept"], row["seed"]): row for row in results["rows"]}
     for seed in range(arguments.seeds):
         for spec in NOISES:
-            if (spec, seed) not in done:
-                results["rows"] += measure(embeddings, spec, seed)
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-                print(f"{spec}, seed {seed}: done", flush=True)
+            found = {kept: rows.get((spec, kept, seed), {"points": {}}) for kept in KEPT}
+            if all(row["points"].keys() >= set(NAMES) for row in found.values()):
+                continue
+            rows |= {(spec, row["kept"], seed): row for row in measure(embeddings, spec, seed, found)}
+            results["rows"] = list(rows.values())
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{spec}, seed {seed}: done", flush=True)
     arguments.out.with_suffix(".md").write_text(table(results))
     plot(results, arguments.out.with_suffix(".png"))
     print(table(results))
 
 
-def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> list[dict[str, Any]]:
-    """Every method's points under one noise and seed, for each share kept."""
+def measure(
+    embeddings: ss.Embeddings, spec: str, seed: int, found: dict[float, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Every method's points under one noise and seed, for each share kept; those `found` are not made again."""
     truth = embeddings.labels
     labels = noise.apply(spec, truth, classes=len(embeddings.class_names), seed=seed)
     start = time.perf_counter()
@@ -78,42 +86,46 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> list[dict[str, A
         embeddings.image, embeddings.text, labels, temperature=embeddings.temperature, seed=seed, progress=False
     )
     seconds = time.perf_counter() - start
-    methods = utilities(embeddings, labels, trust, seed)
-    diversity = relative_diversity(embeddings, labels, trust.probability)
-    judge = Judge(embeddings, labels, seed)
-    presets = {name: preset_scores(embeddings.with_labels(labels), name, seed) for name in ("default", "paper")}
+    rate = {"estimated": trust.noise_rate, "true": float((labels != truth).float().mean())}
+    methods, judge = Methods(embeddings, labels, trust, seed), Judge(embeddings, labels, seed)
     rows = []
     for kept in KEPT:
-        count = int(kept * len(labels))
-        quotas = apportion(torch.bincount(labels), count)
-
-        def select(utility: Tensor, count: int = count, quotas: Tensor = quotas) -> Tensor:
-            return top_k(utility.double(), count, groups=labels, quotas=quotas)
-
-        points = {name: judge(select(utility)) for name, utility in methods.items()}
-        columns = {"trust": trust.probability, "trusted_diversity": diversity}
-        scores = ss.Scores(columns, labels=labels, image_features=embeddings.image)
-        points["ours"] = judge(ss.select(scores, str(kept), balance="given", seed=seed, progress=False).indices)
-        for weight in COVERING_WEIGHTS:
-            chosen = ss.select(
-                scores,
-                str(kept),
-                balance="given",
-                method="group",
-                score_weights={"trust": 1.0, "trusted_diversity": weight},
-                coverage_weight=COVERAGE * weight,
-                progress=False,
-            )
-            points[f"covering {weight}"] = judge(chosen.indices)
-        for name, scored in presets.items():
-            steps = getattr(ss.presets, name)["select"]
-            chosen = ss.select(scored, str(kept), seed=seed, progress=False, **steps)
-            points[f"presets.{name}"] = judge(chosen.indices)
-        rows.append({"noise": spec, "kept": kept, "seed": seed, "points": points, "trust_seconds": seconds})
-        if kept == KEPT[0]:
-            rows[-1]["certificate"] = certificate(embeddings.image, labels, trust.probability, quotas, seed)
-        rows[-1]["noise_rate"] = {"estimated": trust.noise_rate, "true": float((labels != truth).float().mean())}
+        row = {"noise": spec, "kept": kept, "seed": seed, "trust_seconds": seconds, "noise_rate": rate} | found[kept]
+        known = row["points"]
+        row["points"] = {n: known[n] if n in known else judge(methods.select(n, kept)) for n in NAMES}
+        if kept == KEPT[0] and "certificate" not in row:
+            quotas = apportion(torch.bincount(labels), int(kept * len(labels)))
+            row["certificate"] = certificate(embeddings.image, labels, trust.probability, quotas, seed)
+        rows.append(row)
     return rows
+
+
+class Methods:
+    """What each method of `NAMES` selects under one noise and seed."""
+
+    def __init__(self, embeddings: ss.Embeddings, labels: Tensor, trust: Any, seed: int) -> None:
+        self.labels, self.seed = labels, seed
+        self.utilities = utilities(embeddings, labels, trust, seed)
+        diversity = relative_diversity(embeddings, labels, trust.probability)
+        columns = {"trust": trust.probability, "trusted_diversity": diversity}
+        self.scores = ss.Scores(columns, labels=labels, image_features=embeddings.image)
+        self.by_preset = cache(lambda name: preset_scores(embeddings.with_labels(labels), name, seed))
+
+    def select(self, name: str, kept: float) -> Tensor:
+        """The indices of what a method keeps."""
+        if name in self.utilities:
+            count = int(kept * len(self.labels))
+            quotas = apportion(torch.bincount(self.labels), count)
+            return top_k(self.utilities[name].double(), count, groups=self.labels, quotas=quotas)
+        scores, options = self.scores, {"balance": "given"}
+        if name.startswith("presets."):
+            preset = name.removeprefix("presets.")
+            scores, options = self.by_preset(preset), getattr(ss.presets, preset)["select"]
+        elif name.startswith("covering "):
+            weight = float(name.removeprefix("covering "))
+            weights = {"trust": 1.0, "trusted_diversity": weight}
+            options |= {"method": "group", "score_weights": weights, "coverage_weight": COVERAGE * weight}
+        return ss.select(scores, str(kept), seed=self.seed, progress=False, **options).indices
 
 
 def preset_scores(embeddings: ss.Embeddings, name: str, seed: int) -> ss.Scores:

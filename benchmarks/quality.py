@@ -23,6 +23,8 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ import torch
 from quality_data import CifarHalf, Digits, clock, is_damage
 from quality_methods import METHODS, TRAVELLING, UNDER_DAMAGE, Choice, Group
 from quality_tables import unpack, write_tables
+from selectsampler.recipes import cifar
 from selectsampler.recipes.cifar import fastest_precision
 from selectsampler.recipes.experiment import device_name
 from torch import Tensor
@@ -82,10 +85,11 @@ def perform(run: Run, group: Group) -> dict[str, Any]:
     """Choose, train and test: what a JSON holds."""
     data, protocol = group.data, group.data.protocol
     choice = Choice(group, run.keep)
-    share = 1.0 if run.budget == "updates" else choice.count / choice.population
+    plan = METHODS[run.method](choice)
+    samples = choice.count if run.method in TRAVELLING else len(plan.sampler)  # of the oracle it may be fewer
+    share = 1.0 if run.budget == "updates" else samples / choice.population
     updates = max(1, round(protocol.updates * share))
     choice.visits = updates * protocol.batch_size
-    plan = METHODS[run.method](choice)
     losses = ss.LossTracker(choice.population, momentum=0.0)
     reselect = None
     if plan.select_fn is not None:
@@ -126,6 +130,7 @@ def shares(visits: Tensor, group: Group) -> dict[str, float]:
 
 def work(arguments: argparse.Namespace) -> None:
     """Do this shard's runs that are not there."""
+    code()  # of what was loaded, whatever is edited while it runs
     first = Digits() if arguments.command == "digits" else CifarHalf(arguments)
     unknown = set(arguments.settings or ()) - set(first.settings)
     if unknown:
@@ -169,12 +174,16 @@ def check_experiment(folder: Path, experiment: dict[str, Any]) -> None:
             raise ValueError(f"{path} was made with other {', '.join(differing)}: name another folder for --runs.")
 
 
+@cache
 def code() -> str:
-    """What tells one state of the package from another: a digest of its source."""
-    folder = Path(ss.__file__).parent
+    """What tells one state of package, recipes and methods from another: a digest of their source, read once."""
+    folders = (Path(ss.__file__).parent, Path(cifar.__file__).parent)
+    own = [
+        Path(__file__).with_name(f"{name}.py") for name in ("baselines", "common", "quality_data", "quality_methods")
+    ]
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    for path in [*(path for folder in folders for path in sorted(folder.rglob("*.py"))), *own]:
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -216,6 +225,17 @@ def made_with() -> dict[str, Any]:
     return {"versions": versions | {name: version(name) for name in names}, "machine": machine}
 
 
+def share_of(text: str) -> str:
+    """A share of the data, `0.50` written as `0.5`: a run of it has one name."""
+    try:
+        share = Decimal(text).normalize()
+    except InvalidOperation:
+        share = Decimal(0)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share in (0, 1]: write 0.3 for 30 %.")
+    return f"{share:f}"
+
+
 def shard_of(text: str) -> tuple[int, int]:
     """The two numbers of `0/2`."""
     number, _, of = text.partition("/")
@@ -233,7 +253,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         add("--runs", type=Path, required=True, help="folder, a JSON a run")
         add("--settings", nargs="+", metavar="SETTING", help="(all)")
         add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help="(all)")
-        add("--keep", nargs="+", default=["0.3", "0.5", "0.7"], help="(%(default)s)")
+        add("--keep", nargs="+", type=share_of, default=["0.3", "0.5", "0.7"], help="(%(default)s)")
         add("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS), help="(%(default)s)")
         add("--seeds", type=int, default=5, help="(%(default)s)")
         add("--shard", type=shard_of, default=(0, 1), metavar="I/N", help="do every N-th setting and seed, from I")
@@ -261,7 +281,7 @@ def main() -> None:
             restore(arguments.joined, arguments.runs)
         else:
             work(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"quality.py: {error}") from None
 
 

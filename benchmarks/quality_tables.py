@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import interval
+from common import half_width, interval
 
 __all__ = ["Results", "unpack", "write_tables"]
 
@@ -21,6 +21,8 @@ def write_tables(runs: Path, out: Path, methods: Sequence[str]) -> None:
     Raises:
         ValueError: if there is no run.
     """
+    if not runs.is_dir():
+        raise ValueError(f"There is no folder {runs}: make runs first.")
     folders = [folder for folder in sorted(runs.iterdir()) if any(folder.glob("*.json"))]
     if not folders:
         raise ValueError(f"{runs} holds no runs: make them first.")
@@ -31,8 +33,8 @@ def write_tables(runs: Path, out: Path, methods: Sequence[str]) -> None:
         made_with = ",\n".join(json.dumps(made) for made in joined["made_with"])
         path = out / f"quality-{folder.name}.json"
         path.write_text(f'{{"made_with": [\n{made_with}\n],\n"runs": [\n{lines}\n]}}\n')
-        results = Results(joined["runs"], methods)
-        path.with_suffix(".md").write_text(results.page(folder.name, joined["made_with"]))
+        results = Results(joined["runs"], methods, joined["made_with"])
+        path.with_suffix(".md").write_text(results.page(folder.name))
         results.draw_by_ratio(out / f"quality-{folder.name}-ratio.png")
         results.draw_by_time(out / f"quality-{folder.name}-time.png")
 
@@ -69,16 +71,24 @@ class Results:
     Args:
         rows: the runs, without versions and machine.
         methods: in the order of the tables.
+        made_with: what rows refer to by number: versions, machine, experiment.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], methods: Sequence[str]) -> None:
+    def __init__(
+        self, rows: list[dict[str, Any]], methods: Sequence[str], made_with: Sequence[dict[str, Any]] = ()
+    ) -> None:
         self.methods = [method for method in methods if any(row["method"] == method for row in rows)]
         self.settings = sorted({row["setting"] for row in rows}, key=_rank)
         self.ratios = sorted({row["keep"] for row in rows} - {"1"})
+        self.states = len({json.dumps(made.get("experiment")) for made in made_with})
         self._of: dict[tuple[str, str, str, str], dict[int, dict[str, Any]]] = {}
+        self.made_on: dict[str, set[str]] = {}  # machine: methods
         for row in rows:
+            row = row | {"machine": _machine(made_with[row["made_with"]]) if made_with else ""}
             key = (row["setting"], row["method"], row["keep"], row["budget"])
             self._of.setdefault(key, {})[row["seed"]] = row
+            self.made_on.setdefault(row["machine"], set()).add(row["method"])
+        self.clocked = max(sorted(self.made_on), key=lambda machine: len(self.made_on[machine]), default="")
 
     def of(self, setting: str, method: str, keep: str, budget: str) -> dict[int, dict[str, Any]]:
         """The runs by seed, also where one run stands for all ratios, or training on everything for a method."""
@@ -97,32 +107,36 @@ class Results:
         out = {"oracle", *(SEE_ALL if setting == "none" and budget == "updates" else ("full",) * (setting == "none"))}
         return [method for method in self.methods if method not in out]
 
-    def best(self, setting: str, keep: str, budget: str, *, among: Sequence[str] | None = None) -> str | None:
-        """The competing method, or that of these, of the highest mean accuracy; None where there are no runs."""
-        means = {
-            method: np.mean(values)
-            for method in (self.competing(setting, budget) if among is None else among)
-            if (values := self.figures("accuracy", setting, method, keep, budget))
-        }
-        return max(means, key=means.__getitem__) if means else None
+    def columns(self, setting: str) -> list[tuple[str, str]]:
+        """Ratios and budgets that some method was run at."""
+        every = [(keep, budget) for keep in self.ratios for budget in BUDGETS]
+        return [(k, b) for k, b in every if any((setting, method, k, b) in self._of for method in self.methods)]
 
-    def page(self, name: str, made_with: list[dict[str, Any]]) -> str:
+    def best(self, setting: str, keep: str, budget: str) -> list[str]:
+        """The competing methods that none is ahead of, over the seeds that both have; none where one runs alone."""
+        there = [m for m in self.competing(setting, budget) if self.of(setting, m, keep, budget)]
+
+        def behind(method: str, other: str) -> bool:
+            return bool(gains := self.gains(setting, method, other, keep, budget)) and _mean(gains) < 0
+
+        return [m for m in there if not any(behind(m, other) for other in there)] if len(there) > 1 else []
+
+    def page(self, name: str) -> str:
         """The whole Markdown file."""
-        machines = [made["machine"] for made in made_with]
-        devices = sorted(
-            {f"{each['device']}, {each['threads']} thread(s), {each.get('precision', 'bfloat16')}" for each in machines}
-        )
+        machines = "; ".join(f"{machine} ({self._list(self.made_on[machine])})" for machine in sorted(self.made_on))
         lines = [
             f"# Quality: {name}",
             "",
-            "Test accuracy in % (mean ± 95 % interval, Student's t over the seeds) by method, share of the data kept "
-            "and length of training: as many updates as everything takes, or as many epochs. Bold: the best but for "
-            "the oracle, and but for training on all of a clean data set. Noise, damage (% of what is trained on) and "
-            "balance (smallest class in % of the largest) at the middle ratio. RS2 with as many updates is training on "
-            "everything; InfoBatch chooses its share by itself. CCS is told how many labels are wrong; EL2N's and "
-            "forgetting's networks are trained for a few epochs only (see the benchmark).",
+            "Test accuracy in % (mean ± 95 % interval, Student's t over the seeds; (n): of n, where that is fewer) by "
+            "method, share of the data kept and length of training: as many updates as everything takes, or as many "
+            "epochs. Bold: none is ahead over the seeds that both have, but for the oracle, and but for training on "
+            "all of a clean data set. Noise, damage (% of what is trained on) and balance (smallest class in % of the "
+            "largest) at the middle ratio. RS2 with as many updates is training on everything; InfoBatch chooses its "
+            "share by itself. CCS is told how many labels are wrong; EL2N's and forgetting's networks are trained for "
+            "a few epochs only (see the benchmark).",
             "",
-            f"Made by `python benchmarks/quality.py {name}` on {'; '.join(devices)}.",
+            f"Made by `python benchmarks/quality.py {name}` on {machines}, in {self.states} state(s) of the code; each "
+            "row of the JSON tells which.",
         ]
         for setting in self.settings:
             lines += ["", f"## {setting}", "", *self.table(setting), "", *self.verdict(setting)]
@@ -130,7 +144,7 @@ class Results:
 
     def table(self, setting: str) -> list[str]:
         """A row a method."""
-        columns = [(keep, budget) for keep in self.ratios for budget in BUDGETS]
+        columns = self.columns(setting)
         middle = self.ratios[len(self.ratios) // 2]
         heads = [f"{float(keep):.0%}, {budget}" for keep, budget in columns]
         lines = [
@@ -139,14 +153,15 @@ class Results:
         ]
         best = {column: self.best(setting, *column) for column in columns}
         for method in self.methods:
-            cells, seeds = [], 0
-            for keep, budget in columns:
-                values = self.figures("accuracy", setting, method, keep, budget)
-                cell = interval(values, 1) if values else ""
-                cells.append(f"**{cell}**" if method == best[keep, budget] else cell)
-                seeds = max(seeds, len(values))
+            values = {column: self.figures("accuracy", setting, method, *column) for column in columns}
+            seeds = max((len(each) for each in values.values()), default=0)
             if not seeds:
                 continue
+            cells = []
+            for column, each in values.items():
+                cell = interval(each, 1) if each else ""
+                cell = f"**{cell}**" if method in best[column] else cell
+                cells.append(f"{cell} ({len(each)})" if 0 < len(each) < seeds else cell)
             at = [(setting, method, middle, budget) for budget in BUDGETS if self.of(setting, method, middle, budget)]
             for figure in ("noise_left", "damaged_left", "balance"):
                 cells.append(f"{np.mean(self.figures(figure, *at[0])):.1f}" if at else "")
@@ -154,24 +169,27 @@ class Results:
         return lines
 
     def verdict(self, setting: str) -> list[str]:
-        """Column by column: by how much ours is ahead of the next, or behind the best."""
-        wins, losses = [], []
-        for keep in self.ratios:
-            for budget in BUDGETS:
-                rivals = [method for method in self.competing(setting, budget) if method != "ours"]
-                best = self.best(setting, keep, budget, among=rivals)
-                gains = [] if best is None else self.gains(setting, "ours", best, keep, budget)
-                if not gains:
-                    continue
-                ahead = np.mean(gains) >= 0
-                by = interval(gains if ahead else [-gain for gain in gains], 1)
-                column = f"{float(keep):.0%}, equal {budget}: {best} by {by}{' (one seed)' * (len(gains) == 1)}"
-                (wins if ahead else losses).append(column)
-        lines = []
-        if wins:
-            lines.append(f"Ours is ahead of the next in {len(wins)} columns (paired by seed): {'; '.join(wins)}.")
-        if losses:
-            lines.append(f"Ours is behind the best in {len(losses)} columns (paired by seed): {'; '.join(losses)}.")
+        """Column by column: ours against the best of the others, and against training on all of clean data."""
+        found: dict[str, list[str]] = {"Ahead": [], "Within the interval": [], "Behind": [], "One seed": []}
+        beside_all = []
+        for keep, budget in self.columns(setting):
+            where = f"{float(keep):.0%}, equal {budget}"
+            rivals = {
+                method: gains
+                for method in self.competing(setting, budget)
+                if method != "ours" and (gains := self.gains(setting, "ours", method, keep, budget))
+            }
+            if rivals:
+                rival = min(rivals, key=lambda method: _mean(rivals[method]))
+                found[_outcome(rivals[rival])].append(f"{where}: {_by(rivals[rival])} {rival}")
+            gains = self.gains(setting, "ours", "full", keep, budget)
+            if gains and "full" not in self.competing(setting, budget):
+                beside_all.append(f"{where}: {_by(gains)} it")
+        lines = [f"{name} ({len(columns)}): {'; '.join(columns)}." for name, columns in found.items() if columns]
+        if lines:
+            lines[0] = "Ours against the best of the others, paired by seed. " + lines[0]
+        if beside_all:
+            lines.append(f"Ours against training on everything: {'; '.join(beside_all)}.")
         return ["\n\n".join(lines)] if lines else []
 
     def gains(self, setting: str, method: str, other: str, keep: str, budget: str) -> list[float]:
@@ -179,17 +197,25 @@ class Results:
         own, others = (self.of(setting, name, keep, budget) for name in (method, other))
         return [100 * (own[seed]["accuracy"] - others[seed]["accuracy"]) for seed in own if seed in others]
 
+    def timed(self, *where: str) -> list[dict[str, Any]]:
+        """Those of these runs whose seconds can be compared: on the machine that most methods were run on."""
+        return [row for row in self.of(*where).values() if row["machine"] == self.clocked]
+
+    def _list(self, methods: set[str]) -> str:
+        return "all methods" if methods >= set(self.methods) else ", ".join(m for m in self.methods if m in methods)
+
     def costs(self) -> list[str]:
         """Mean seconds of each stage over settings and seeds, at the middle ratio and equal updates."""
         middle = self.ratios[len(self.ratios) // 2]
         lines = [
-            f"Mean seconds of the stages at {float(middle):.0%} and equal updates, each as if nothing was there yet.",
+            f"Mean seconds of the stages at {float(middle):.0%} and equal updates, each as if nothing was there yet; "
+            f"runs on {self.clocked} only.",
             "",
             "| method | " + " | ".join([*STAGES, "all"]) + " |",
             "|---|" + "---|" * (len(STAGES) + 1),
         ]
         for method in self.methods:
-            rows = [row for setting in self.settings for row in self.of(setting, method, middle, "updates").values()]
+            rows = [row for setting in self.settings for row in self.timed(setting, method, middle, "updates")]
             if rows:
                 took = [float(np.mean([row["seconds"].get(stage, 0.0) for row in rows])) for stage in STAGES]
                 lines.append(f"| {method} | " + " | ".join(f"{value:.2f}" for value in [*took, sum(took)]) + " |")
@@ -212,14 +238,14 @@ class Results:
         self._finish(figure, path)
 
     def draw_by_time(self, path: Path) -> None:
-        """Accuracy against seconds of everything from embedding and proxies to training, a panel a setting."""
+        """Accuracy against seconds of everything from embedding and proxies to training, by one machine's clock."""
         figure, panels, colours = self._panels()
         for axes, setting in zip(panels, self.settings, strict=False):
             for method in self.methods:
                 for budget, marker in zip(BUDGETS, "o^", strict=True):
-                    found = [rows for keep in self.ratios if (rows := self.of(setting, method, keep, budget))]
-                    seconds = [np.mean([sum(row["seconds"].values()) for row in rows.values()]) for rows in found]
-                    accuracy = [np.mean([100 * row["accuracy"] for row in rows.values()]) for rows in found]
+                    found = [rows for keep in self.ratios if (rows := self.timed(setting, method, keep, budget))]
+                    seconds = [np.mean([sum(row["seconds"].values()) for row in rows]) for rows in found]
+                    accuracy = [np.mean([100 * row["accuracy"] for row in rows]) for rows in found]
                     label = method if marker == "o" else None
                     axes.scatter(seconds, accuracy, s=18, marker=marker, color=colours[method], label=label)
             axes.set_xscale("log")
@@ -257,3 +283,29 @@ class Results:
 def _rank(setting: str) -> tuple[int, str]:
     """Clean first, then noise, then damage."""
     return (setting != "none") + setting.count(":"), setting
+
+
+def _machine(made: dict[str, Any]) -> str:
+    machine = made["machine"]
+    return f"{machine['device']}, {machine['threads']} thread(s), {machine.get('precision', 'bfloat16')}"
+
+
+def _mean(gains: Sequence[float]) -> float:
+    return round(float(np.mean(gains)), 9)  # so that equals are equal
+
+
+def _outcome(gains: Sequence[float]) -> str:
+    """Which of two methods is better, by gains paired by seed."""
+    if len(gains) == 1:
+        return "One seed"
+    if abs(_mean(gains)) <= half_width(gains):
+        return "Within the interval"
+    return "Ahead" if _mean(gains) > 0 else "Behind"
+
+
+def _by(gains: Sequence[float]) -> str:
+    """`1.2 ± 0.3 ahead of`, as it goes before the other's name."""
+    if _mean(gains) == 0:
+        return "equal to"
+    ahead = _mean(gains) > 0
+    return f"{interval(gains if ahead else [-gain for gain in gains], 1)} {'ahead of' if ahead else 'behind'}"

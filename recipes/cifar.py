@@ -39,6 +39,7 @@ from selectsampler.recipes.data import ZippedImageFolder
 from selectsampler.recipes.experiment import (
     Experiment,
     accuracy_table,
+    command,
     complete,
     damage,
     first_of_each_class,
@@ -458,10 +459,7 @@ class Calm(nn.Linear):
 
 def main() -> None:
     """Run what the command line says, and print the table."""
-    try:
-        print(table(run(parse_arguments())))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"cifar.py: {error}") from None
+    command("cifar.py", lambda: table(run(parse_arguments())))
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -495,7 +493,9 @@ class CifarExperiment(Experiment):
 
     def __init__(self, arguments: argparse.Namespace, protocol: Protocol) -> None:
         data, damaged = load(arguments.data, first_per_class=arguments.first_per_class, corrupt=arguments.corrupt)
-        super().__init__(arguments, Pixels(data), data.labels, damaged, data.class_names)
+        super().__init__(
+            arguments, Pixels(data), data.labels, damaged, data.class_names, batch_size=protocol.batch_size
+        )
         self.protocol = protocol
         self.setting = setting_of(arguments) | asdict(protocol)
         self.on_device = data.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

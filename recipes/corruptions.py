@@ -385,12 +385,22 @@ def main() -> None:
     parser.add_argument("--member", help="which image of the zip file (its first)")
     parser.add_argument("--out", type=Path, required=True, help="where the picture goes")
     arguments = parser.parse_args()
-    if not zipfile.is_zipfile(arguments.image):
-        return contact_sheet(Image.open(arguments.image), arguments.out)
-    with zipfile.ZipFile(arguments.image) as archive:
+    try:
+        contact_sheet(picture(arguments.image, arguments.member), arguments.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"corruptions.py: {error}") from None
+
+
+def picture(path: Path, member: str | None) -> Image.Image:
+    """An image file, or one image of a zip file."""
+    if not zipfile.is_zipfile(path):
+        return Image.open(path)
+    with zipfile.ZipFile(path) as archive:
         members = sorted(name for name in archive.namelist() if name.lower().endswith((".jpg", ".jpeg", ".png")))
-        with archive.open(arguments.member or members[0]) as file:
-            return contact_sheet(Image.open(file), arguments.out)
+        if not members or member not in (None, *members):
+            raise ValueError(f"{path} holds no image {member or 'at all'}; it holds {len(members)} images.")
+        with archive.open(member or members[0]) as file:
+            return Image.open(file).convert("RGB")
 
 
 if __name__ == "__main__":

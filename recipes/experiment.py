@@ -6,8 +6,10 @@ lets `complete` do the runs that the report lacks.
 
 import argparse
 import json
+import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -144,7 +146,12 @@ class Experiment:
         truth: (N,), int64: the labels as they came.
         damaged: (N,), bool: which images are damaged.
         class_names: C names.
+        batch_size: of the training.
         workers: processes that decode images for `ss.embed`.
+
+    Raises:
+        ValueError: if the noise, the share to keep, the batch size or the lack of --clip does not fit the data, before
+            anything is embedded or trained.
     """
 
     def __init__(
@@ -155,16 +162,25 @@ class Experiment:
         damaged: Tensor,
         class_names: list[str],
         *,
+        batch_size: int,
         workers: int = 0,
     ) -> None:
         self.arguments, self.images, self.workers = arguments, images, workers
         self.truth, self.damaged, self.class_names = truth, damaged, class_names
         self.seconds: dict[str, float] = {}
-        resolve_budget(arguments.keep, None, len(truth))  # says what does not fit before anything is trained
+        kept = resolve_budget(arguments.keep, None, len(truth))
+        count = len(truth) if set(arguments.method) == {"full"} else kept
+        if count < batch_size:
+            raise ValueError(
+                f"--keep {arguments.keep} of {len(truth)} images is {count}, less than one batch of {batch_size}: give "
+                "a smaller --batch-size."
+            )
         if LOOKING & set(arguments.method) and arguments.clip is None:
             raise ValueError(
                 f"This needs --clip: {' and '.join(sorted(LOOKING & set(arguments.method)))} look at images."
             )
+        if arguments.noise is not None:
+            self._noisy(0, torch.ones(len(truth), 1))  # says what does not fit
 
     @cached_property
     def embeddings(self) -> ss.Embeddings:
@@ -186,8 +202,10 @@ class Experiment:
         spec = self.arguments.noise
         if spec is None:
             return self.truth
-        features = self.noise_features() if spec.startswith("instance") else None
-        names = self.class_names
+        return self._noisy(seed, self.noise_features() if spec.startswith("instance") else None)
+
+    def _noisy(self, seed: int, features: Tensor | None) -> Tensor:
+        spec, names = self.arguments.noise, self.class_names
         return noise.apply(spec, self.truth, classes=len(names), seed=seed, features=features, class_names=names)
 
     def noise_features(self) -> Tensor:
@@ -246,7 +264,7 @@ def parse(
     add("--epochs", type=positive, help=f"passes through each method's own selection ({usual.epochs})")
     add("--updates", type=positive, help="instead of --epochs: the same number of updates for every method")
     add("--batch-size", type=positive, help=f"({usual.batch_size})")
-    add("--learning-rate", type=float, help=f"the highest ({usual.learning_rate})")
+    add("--learning-rate", type=above_zero, help=f"the highest ({usual.learning_rate})")
     add("--seeds", type=positive, default=1, help="runs, each with its own noise, subset and training (%(default)s)")
     add("--report", type=Path, metavar="FILE.json", help="written after each run; what it holds already is not redone")
     add("--cache-dir", type=Path, help="keeps embeddings")
@@ -261,6 +279,28 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on.")
     return int(text)
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0, of a command line."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0.")
+    return number
+
+
+def command(name: str, run: Callable[[], str]) -> None:
+    """Print what a recipe has to say; what went wrong in a line, and Ctrl-C without a traceback."""
+    try:
+        print(run())
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{name}: {error}") from None
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped. With --report the same command goes on with what is missing.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def with_arguments(protocol: Protocol, arguments: argparse.Namespace) -> Protocol:
@@ -278,19 +318,24 @@ def with_arguments(protocol: Protocol, arguments: argparse.Namespace) -> Protoco
 
 def setting_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What of the command line a report, and all that belongs to it, was made with; JSON values."""
-    clip = arguments.clip
+    clip, spec = arguments.clip, arguments.noise
     if isinstance(clip, str) and clip.startswith("local-dir:"):
         clip = f"local-dir:{Path(clip).name}"  # wherever it lies
-    setting = {"data": arguments.data.name, "clip": clip if isinstance(clip, str) else None}
-    return setting | {name: getattr(arguments, name) for name in ("noise", "corrupt", "keep", "first_per_class")}
+    if spec is not None and spec.startswith("human:"):
+        path, _, column = spec.removeprefix("human:").rpartition(":")
+        spec = f"human:{Path(path).name}:{column}"
+    setting = {"data": arguments.data.name, "clip": clip if isinstance(clip, str) else None, "noise": spec}
+    return setting | {name: getattr(arguments, name) for name in ("corrupt", "keep", "first_per_class")}
 
 
 # The report
 
 
 def check_setting(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """A file of another setting is not gone on with."""
+    """A file of another setting is not gone on with; a CLIP that one of the two did without is no difference."""
     differing = [name for name in wanted if found.get(name) != wanted[name]]
+    if "clip" in differing and None in (found.get("clip"), wanted["clip"]):
+        differing.remove("clip")
     if differing:
         raise ValueError(
             f"{path} was made with other arguments ({', '.join(differing)}): name another --report, or give the same "
@@ -311,6 +356,7 @@ def open_report(path: Path | None, setting: dict[str, Any], packages: Sequence[M
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is no report of a recipe, or a damaged one: name another --report.") from None
         check_setting(path, found, setting)
+        found["clip"] = found["clip"] or setting["clip"]
         return report
     machine = {"device": device_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     versions = {"python": platform.python_version()} | {module.__name__: module.__version__ for module in packages}
@@ -362,7 +408,7 @@ def complete(
 
 
 def accuracy_table(report: dict[str, Any], *, data: str, model: str, accuracy: str) -> str:
-    """The report as a person reads it: mean and standard deviation over the seeds.
+    """The report as a person reads it: mean ± standard deviation over the seeds.
 
     Args:
         report: as `complete` gives it.
@@ -373,7 +419,7 @@ def accuracy_table(report: dict[str, Any], *, data: str, model: str, accuracy: s
     lines = [
         "",
         f"{data}, noise {setting['noise']}, damage {setting['corrupt']}, keep {setting['keep']}; "
-        f"{model}, {length} of batches of {setting['batch_size']}",
+        f"{model}, {length} of batches of {setting['batch_size']}; mean ± standard deviation over the seeds",
         "",
         f"{'trained on':<12}{accuracy:>16}{'wrong labels':>14}{'damaged':>9}{'samples':>9}{'updates':>9}"
         f"{'select':>10}{'train':>10}{'seeds':>7}",

@@ -17,6 +17,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.testing import assert_close
 
+import selectsampler as ss
 from selectsampler import LossTracker, Reselect, Selection, SelectSampler
 
 NAMES = ["blue", "green", "red"]
@@ -63,7 +64,7 @@ def archive(folder):
 def arguments(archive, *words, clip=None):
     line = ["--data", str(archive), "--noise", "symmetric:0.5", "--quick", "--updates", "20", "--batch-size", "12"]
     parsed = cifar.parse_arguments([*line, *words])
-    parsed.clip = clip
+    parsed.clip = parsed.clip if clip is None else clip
     return parsed
 
 
@@ -287,14 +288,43 @@ def test_what_needs_embeddings_asks_for_a_clip(archive):
         (["--method", "full", "ours"], "needs --clip"),
         (["--model", "nope"], "no model 'nope'"),
         (["--model", "efficientnet_b0_cifar"], "only ResNets"),
-        (["--keep", "0.1", "--method", "random"], "less than one batch of 12"),
+        (["--keep", "0.1", "--method", "full", "random"], "--keep 0.1 of 72 images is 7, less than one batch of 12"),
         (["--noise", "asymmetric:0.4"], "not for 3"),
+        (["--noise", "symetric:0.4", "--method", "ours", "--clip", "any"], "no noise 'symetric'"),
+        (["--noise", "instance:1.5", "--method", "ours", "--clip", "any"], r"rate is 1\.5"),
+        (["--noise", "human:nowhere.pt:worse_label"], "nowhere.pt"),
     ],
 )
-def test_what_does_not_fit_is_said_before_anything_is_trained(archive, words, message, monkeypatch):
+def test_what_does_not_fit_is_said_before_anything_is_embedded_or_trained(archive, words, message, monkeypatch):
     monkeypatch.setattr(cifar, "as_input", lambda images: pytest.fail("a network saw images"))
-    with pytest.raises(ValueError, match=message):
+    monkeypatch.setattr(ss, "embed", lambda *_, **__: pytest.fail("images were embedded"))
+    with pytest.raises((ValueError, OSError), match=message):
         cifar.run(arguments(archive, "--method", "full", *words))
+
+
+def test_a_report_that_needed_no_clip_goes_on_with_one_but_not_with_another(archive, tmp_path):
+    words = ("--method", "full", "--report", str(tmp_path / "report.json"))
+    cifar.run(arguments(archive, *words))
+    words = (*words, "--method", "full", "random")
+    assert cifar.run(arguments(archive, *words, "--clip", "local-dir:some/clip"))["setting"]["clip"] == "local-dir:clip"
+    assert len(cifar.run(arguments(archive, *words))["runs"]) == 2
+    with pytest.raises(ValueError, match=r"other arguments \(clip\)"):
+        cifar.run(arguments(archive, *words, "--clip", "another"))
+
+
+def test_ctrl_c_says_how_to_go_on(archive, monkeypatch, capsys):
+    monkeypatch.setattr(cifar, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("sys.argv", ["cifar.py", "--data", str(archive), "--method", "full", "--batch-size", "12"])
+    with pytest.raises(SystemExit, match="130"):
+        cifar.main()
+    assert "stopped. With --report the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--learning-rate", "nan"], ["--learning-rate", "0"], ["--learning-rate", "fast"]])
+def test_a_learning_rate_is_above_zero(archive, words, capsys):
+    with pytest.raises(SystemExit):
+        arguments(archive, *words)
+    assert "is no number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--updates", "0"], ["--seeds", "-1"], ["--batch-size", "none"]])

@@ -425,6 +425,15 @@ def test_a_forked_worker_opens_a_zip_for_itself(pictures, tmp_path, monkeypatch)
 # The picture
 
 
+@pytest.mark.parametrize("words", [["nowhere.jpg"], ["folder.zip", "--member", "nowhere.png"]])
+def test_a_picture_that_is_not_there_is_named(pictures, tmp_path, monkeypatch, words):
+    a_zipped_folder(pictures, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["corruptions.py", *words, "--out", "sheet.png"])
+    with pytest.raises(SystemExit, match="nowhere"):
+        corruptions.main()
+
+
 def test_the_command_draws_every_kind_at_every_severity(pictures, tmp_path, monkeypatch):
     a_zipped_folder(pictures, tmp_path)
     out = tmp_path / "sheet.png"

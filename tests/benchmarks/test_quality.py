@@ -112,6 +112,32 @@ def test_runs_of_another_protocol_are_not_gone_on_with(tmp_path, monkeypatch):
         run(tmp_path, "--methods", "random", "--budgets", "updates")
 
 
+def test_a_share_has_one_name_and_one_that_is_none_is_refused_at_once(capsys):
+    assert quality.parse_arguments([*WORDS, "--runs", "runs", "--keep", "0.50", "1.0", ".3"]).keep == [
+        "0.5",
+        "1",
+        "0.3",
+    ]
+    for word in ("0", "1.5", "half", "50%"):
+        with pytest.raises(SystemExit):
+            quality.parse_arguments([*WORDS, "--runs", "runs", "--keep", word])
+        assert f"{word!r} is no share" in capsys.readouterr().err
+
+
+def test_an_oracle_that_finds_too_few_right_labels_trains_for_epochs_of_what_it_has(tmp_path):
+    words = ["--settings", "symmetric:0.6", "--keep", "0.75", "--methods", "oracle", "--budgets", "epochs"]
+    row = run(tmp_path, *words)["symmetric-0.6__oracle__0.75__epochs__0"]
+    assert row["samples"] == 320
+    assert row["updates"] == round(12 * 0.4)
+
+
+def test_folders_and_files_that_are_not_there_are_named(tmp_path, monkeypatch):
+    for words in (["tables", "--out", "out"], ["unpack", "--joined", str(tmp_path / "nowhere.json")]):
+        monkeypatch.setattr("sys.argv", ["quality.py", *words, "--runs", str(tmp_path / "nowhere")])
+        with pytest.raises(SystemExit, match="nowhere"):
+            quality.main()
+
+
 def test_a_setting_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"There is no setting fog:3:0\.2 of digits"):
         run(tmp_path, "--settings", "fog:3:0.2")
@@ -123,23 +149,47 @@ def row(method, accuracy, *, seed=0, setting="symmetric:0.4", keep="0.5", budget
     return {**where, "accuracy": accuracy, **figures}
 
 
-def test_the_best_is_bold_and_where_ours_is_not_the_table_says_so():
+def test_the_best_is_bold_and_the_verdict_says_where_ours_is_not():
     rows = [row("full", 0.6, seed=seed, keep="1") for seed in (0, 1)]
-    rows += [row("random", 0.9, seed=0), row("random", 0.8, seed=1), row("oracle", 0.99), row("oracle", 0.99, seed=1)]
-    rows += [row("ours", 0.7, seed=0), row("ours", 0.8, seed=1), row("ours", 0.9, budget="epochs")]
+    rows += [row("random", 0.9, seed=0), row("random", 0.86, seed=1), row("oracle", 0.99), row("oracle", 0.99, seed=1)]
+    rows += [row("ours", 0.7, seed=0), row("ours", 0.68, seed=1), row("ours", 0.9, budget="epochs")]
     results = Results(rows, list(quality.METHODS))
     lines = results.table("symmetric:0.4")
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| full", "| random", "| ours", "| oracle"]
-    assert "**85.0 ± 63.5**" in lines[3]
-    assert "**90.0**" in lines[4]
-    assert lines[5].count("**") == 0
-    ahead, behind = results.verdict("symmetric:0.4")[0].split("\n\n")
-    assert (
-        ahead == "Ours is ahead of the next in 1 columns (paired by seed): 50%, equal epochs: full by 30.0 (one seed)."
-    )
-    assert behind.startswith(
-        "Ours is behind the best in 1 columns (paired by seed): 50%, equal updates: random by 10.0 ±"
-    )
+    assert "**88.0 ± 25.4**" in lines[3]
+    assert "**90.0** (1)" in lines[4]
+    assert lines[2].count("**") == lines[5].count("**") == 0
+    behind, one_seed = results.verdict("symmetric:0.4")[0].split("\n\n")
+    assert behind.endswith("by seed. Behind (1): 50%, equal updates: 19.0 ± 12.7 behind random.")
+    assert one_seed == "One seed (1): 50%, equal epochs: 30.0 ahead of full."
+
+
+def test_the_best_is_found_over_the_seeds_that_two_methods_share_and_equals_are_both_bold():
+    rows = [row("random", accuracy, seed=seed) for seed, accuracy in enumerate((0.9, 0.5, 0.5))]
+    rows += [row("paper", 0.8), *(row("ours", accuracy, seed=seed) for seed, accuracy in enumerate((0.5, 0.9, 0.5)))]
+    results = Results(rows, list(quality.METHODS))
+    assert results.best("symmetric:0.4", "0.5", "updates") == ["random"]
+    assert results.verdict("symmetric:0.4")[0].endswith("One seed (1): 50%, equal updates: 30.0 behind paper.")
+    without = Results([each for each in rows if each["method"] != "paper"], list(quality.METHODS))
+    assert without.best("symmetric:0.4", "0.5", "updates") == ["random", "ours"]
+    assert without.verdict("symmetric:0.4")[0].endswith("Within the interval (1): 50%, equal updates: equal to random.")
+
+
+def test_a_method_alone_is_no_best_and_columns_without_runs_are_left_out():
+    results = Results([row("random", 0.9), row("oracle", 0.99), row("full", 0.8, keep="1")], list(quality.METHODS))
+    assert results.columns("symmetric:0.4") == [("0.5", "updates")]
+    alone = Results([row("random", 0.9), row("oracle", 0.99)], list(quality.METHODS))
+    assert alone.best("symmetric:0.4", "0.5", "updates") == []
+
+
+def test_seconds_are_those_of_the_machine_that_most_methods_were_run_on():
+    made_with = [{"machine": {"device": device, "threads": 1, "precision": "float32"}} for device in ("slow", "fast")]
+    rows = [row("random", 0.9) | {"made_with": 0, "seconds": {"train": 9.0}}]
+    rows += [row("random", 0.9, seed=1) | {"made_with": 1}, row("ours", 0.9) | {"made_with": 1}]
+    results = Results(rows, list(quality.METHODS), made_with)
+    assert "runs on fast, 1 thread(s), float32 only." in results.costs()[0]
+    assert [line.split("|")[-2].strip() for line in results.costs()[4:]] == ["2.00", "2.00"]
+    assert "fast, 1 thread(s), float32 (all methods); slow, 1 thread(s), float32 (random)" in results.page("made")
 
 
 def test_training_on_all_of_a_clean_data_set_is_no_competitor_and_stands_for_rs2():
@@ -147,8 +197,11 @@ def test_training_on_all_of_a_clean_data_set_is_no_competitor_and_stands_for_rs2
     rows += [row("RS2", 0.7, setting="none", budget="epochs"), row("ours", 0.6, setting="none", budget="epochs")]
     results = Results(rows, list(quality.METHODS))
     assert results.of("none", "RS2", "0.5", "updates") == results.of("none", "full", "0.5", "epochs") != {}
-    assert results.best("none", "0.5", "updates") == "ours"
-    assert results.best("none", "0.5", "epochs") == "RS2"
+    assert results.competing("none", "updates") == ["ours"]
+    assert results.best("none", "0.5", "epochs") == ["RS2"]
+    assert results.verdict("none")[0].endswith(
+        "Ours against training on everything: 50%, equal updates: 10.0 behind it; 50%, equal epochs: 30.0 behind it."
+    )
 
 
 def test_runs_are_joined_into_json_table_and_pictures(tmp_path):
@@ -162,7 +215,7 @@ def test_runs_are_joined_into_json_table_and_pictures(tmp_path):
     joined = json.loads((tmp_path / "out" / "quality-digits.json").read_text())
     assert joined == join([each | made_with for each in rows])
     assert joined["made_with"] == [made_with]
-    assert "Ours is ahead" in (tmp_path / "out" / "quality-digits.md").read_text()
+    assert "Ours against the best" in (tmp_path / "out" / "quality-digits.md").read_text()
     for picture in ("ratio", "time"):
         assert (tmp_path / "out" / f"quality-digits-{picture}.png").stat().st_size > 5000
 
