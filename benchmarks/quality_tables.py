@@ -222,18 +222,20 @@ class Results:
         return lines
 
     def draw_by_ratio(self, path: Path) -> None:
-        """Accuracy against the share kept, at equal updates, a panel a setting."""
+        """Accuracy, with its interval, against the share kept, at equal updates, a panel a setting."""
         figure, panels, colours = self._panels()
         for axes, setting in zip(panels, self.settings, strict=False):
             for method in self.methods:
                 points = [
-                    (100 * float(keep), np.mean(values))
+                    (100 * float(keep), np.mean(values), half_width(values) if len(values) > 1 else 0.0)
                     for keep in self.ratios
                     if (values := self.figures("accuracy", setting, method, keep, "updates"))
                 ]
                 if points:
                     style = "--" if method in SEE_ALL else ":" if method == "oracle" else "-"
-                    axes.plot(*zip(*points, strict=True), style, marker=".", color=colours[method], label=method)
+                    kept, accuracy, half = zip(*points, strict=True)
+                    look = {"marker": ".", "elinewidth": 0.6, "color": colours[method]}
+                    axes.errorbar(kept, accuracy, half, linestyle=style, label=method, **look)
             axes.set_xlabel("kept, %")
         self._finish(figure, path)
 
