@@ -12,7 +12,8 @@ gets whose images are damaged in ways that were thought of. For ways that were n
 learning the twins of a kind's own family, or of all four families that resemble `other`.
 
 Damage is done to decoded images. Those of the committed results are JPEGs with colours at half resolution, and part of
-what is found is that the traces of that are gone: damaged and then stored again in the same way, more stay (README).
+what is found is that the traces of that are gone: damaged and then stored again in the same way, more stay
+(docs/quality.md).
 
 Which families there are, how they are drawn and how the network is trained was chosen by what stays of `paper` (its
 figures are somewhat too good), and by what stays of images damaged by the families themselves, with and without their

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import interval, linear_head, pool
+from common import half_width, interval, linear_head, pool
 from selectsampler.recipes import noise
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -58,7 +58,7 @@ def main() -> None:
     dataset = pool(arguments.data)
     embeddings = ss.embed(dataset, arguments.clip, class_names=dataset.classes, cache_dir=arguments.cache_dir)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
-    results |= {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
+    made_with = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
     rows = {(row["noise"], row["kept"], row["seed"]): row for row in results["rows"]}
     for seed in range(arguments.seeds):
         for spec in NOISES:
@@ -66,7 +66,7 @@ def main() -> None:
             if all(row["points"].keys() >= set(NAMES) for row in found.values()):
                 continue
             rows |= {(spec, row["kept"], seed): row for row in measure(embeddings, spec, seed, found)}
-            results["rows"] = list(rows.values())
+            results |= made_with | {"rows": list(rows.values())}
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")
             print(f"{spec}, seed {seed}: done", flush=True)
@@ -230,14 +230,23 @@ def at_equal_diversity(points: list[dict[str, Point]]) -> list[str]:
         return [f"{interval(noise[base])} at {spread:.2f}", *(interval(noise[c]) for c in noise if c != base)]
 
     paper = noise_at("the paper", ("trust", "oracle", "covering"))
-    mean = {name: np.mean(values) for name, values in paper.items()}
-    gap = mean["the paper"] - mean["oracle"]
-    closed = [f"{(mean['the paper'] - mean[c]) / gap:.0%}" if gap > 0 else "-" for c in ("trust", "covering")]
+    closed = [gap_closed(paper["the paper"], paper[curve], paper["oracle"]) for curve in ("trust", "covering")]
     covers = [interval([p["the paper"]["coverage"] for p in points])]
     for curve in ("trust", "covering"):
         covers.append(interval([at(p, curve, p["the paper"]["diversity"], "coverage") for p in points]))
     zero_shot = cells("zero-shot", noise_at("zero-shot", ("trust", "oracle")))
     return [*cells("the paper", paper), *closed, *zero_shot, *covers]
+
+
+def gap_closed(paper: list[float], curve: list[float], oracle: list[float]) -> str:
+    """(mean paper - mean curve) / (mean paper - mean oracle), and its 95 % interval as of a ratio of paired means."""
+    gaps, gains = np.subtract(paper, oracle), np.subtract(paper, curve)
+    if gaps.mean() <= 0:
+        return "-"
+    closed = gains.mean() / gaps.mean()
+    if len(gaps) < 2:
+        return f"{closed:.0%}"
+    return f"{100 * closed:.0f} ± {100 * half_width((gains - closed * gaps) / gaps.mean()):.0f} %"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -279,7 +288,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Noise against diversity (above) and coverage (below), a panel a setting."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(NOISES) * len(KEPT), 7))
+    figure = Figure(figsize=(4 * len(NOISES) * len(KEPT) + 2, 7), layout="constrained")
     cells = [(spec, kept) for spec in NOISES for kept in KEPT]
     for column, (spec, kept) in enumerate(cells):
         points = [row["points"] for row in results["rows"] if (row["noise"], row["kept"]) == (spec, kept)]
@@ -292,14 +301,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
             for curve, weights in CURVES.items():
                 names = [f"{curve} {weight}" for weight in weights]
                 axes.plot([mean(n, other) for n in names], [mean(n, "noise") for n in names], ".-", label=curve)
-            for name in ("the paper", "zero-shot", "ours"):
+            for name in ("the paper", "zero-shot", "ours", "presets.default", "presets.paper"):
                 axes.plot([mean(name, other)], [mean(name, "noise")], "o", label=name)
             axes.set_yscale("log")
             axes.set_xlabel(other)
             axes.set_title(f"{spec}, keep {kept:.0%}")
     figure.axes[0].set_ylabel("wrong labels left, %")
-    figure.axes[0].legend()
-    figure.tight_layout()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=80)
 
 

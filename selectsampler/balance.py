@@ -31,7 +31,7 @@ def class_quotas(table: Scores, balance: str | Quotas | None, budget: int, eligi
         eligible: (n,), int64: the rows that can be selected. None: all.
     """
     if balance == "auto":
-        balance = "trusted" if "trust" in table.columns else None
+        balance = "trusted" if "trust" in table.columns and table.labels is not None else None
     if balance is None:
         return None
     if table.labels is None:

@@ -283,6 +283,12 @@ def test_a_draw_needs_trust_and_takes_no_weights():
         select(safe_scores(300), 0.5, risk=1.5)
 
 
+def test_trust_without_labels_is_drawn_by_without_quotas():
+    selection = select(Scores({"trust": torch.rand(100)}), 0.3)
+    assert len(selection) == 30
+    assert "quotas" not in selection.provenance["selection"]
+
+
 def test_weights_of_ones_own_are_maximised():
     weighed = select(safe_scores(0), 0.5, score_weights={"trust": 1.0})
     assert weighed.provenance["selection"]["method"] == "exact"
