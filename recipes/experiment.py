@@ -356,7 +356,7 @@ def open_report(path: Path | None, setting: dict[str, Any], packages: Sequence[M
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is no report of a recipe, or a damaged one: name another --report.") from None
         check_setting(path, found, setting)
-        found["clip"] = found["clip"] or setting["clip"]
+        found["clip"] = found.get("clip") or setting.get("clip")
         return report
     machine = {"device": device_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     versions = {"python": platform.python_version()} | {module.__name__: module.__version__ for module in packages}

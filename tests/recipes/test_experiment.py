@@ -167,7 +167,9 @@ def test_the_table_gives_mean_and_deviation_and_counts_neither_training_nor_vali
     runs.append(row("ours", 1, 0.75, embed=3.0, select=2.0, train=20.0, validate=7.0))
     kept = {"noise": None, "corrupt": "fog:3:0.2", "keep": "0.5", "epochs": 4, "updates": None, "batch_size": 8}
     lines = accuracy_table({"setting": kept, "runs": runs}, data="digits", model="net", accuracy="top-1").splitlines()
-    assert lines[1] == "digits, noise None, damage fog:3:0.2, keep 0.5; net, 4 epochs of batches of 8"
+    words, spread = lines[1].rsplit("; ", 1)
+    assert words == "digits, noise None, damage fog:3:0.2, keep 0.5; net, 4 epochs of batches of 8"
+    assert spread == "mean ± standard deviation over the seeds"
     assert lines[3].split()[2] == "top-1"
     assert " ".join(lines[4].split()) == "ours 50.00 ± 35.36 % 25.0 % 0.0 % 9 20 4.5 s 15.0 s 2"
     assert " ".join(lines[5].split()) == "full 50.00 % 25.0 % 0.0 % 9 20 0.0 s 50.0 s 1"
