@@ -1,5 +1,6 @@
 """The runs of quality.py as one JSON, a table and two pictures."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -205,17 +206,17 @@ class Results:
         return "all methods" if methods >= set(self.methods) else ", ".join(m for m in self.methods if m in methods)
 
     def costs(self) -> list[str]:
-        """Mean seconds of each stage over settings and seeds, at the middle ratio and equal updates."""
-        middle = self.ratios[len(self.ratios) // 2]
+        """Mean seconds of each stage over settings, ratios and seeds, at equal updates."""
         lines = [
-            f"Mean seconds of the stages at {float(middle):.0%} and equal updates, each as if nothing was there yet; "
+            "Mean seconds of the stages at equal updates, each as if nothing was there yet; "
             f"runs on {self.clocked} only.",
             "",
             "| method | " + " | ".join([*STAGES, "all"]) + " |",
             "|---|" + "---|" * (len(STAGES) + 1),
         ]
         for method in self.methods:
-            rows = [row for setting in self.settings for row in self.timed(setting, method, middle, "updates")]
+            where = itertools.product(self.settings, [method], self.ratios, ["updates"])
+            rows = [row for each in where for row in self.timed(*each)]
             if rows:
                 took = [float(np.mean([row["seconds"].get(stage, 0.0) for row in rows])) for stage in STAGES]
                 lines.append(f"| {method} | " + " | ".join(f"{value:.2f}" for value in [*took, sum(took)]) + " |")
