@@ -22,5 +22,6 @@ default: Preset = {
     "score": {"columns": ("semantic_alignment", "trust", "trusted_diversity", "intactness")},
     "select": {"balance": "auto", "method": "auto"},
 }
-"""Ours: a draw by lot among the samples whose labels are safe and whose images do not look damaged, under quotas by
-what a class can be trusted for. Trust has cross-fitted heads, so that no adapters are trained."""
+"""Ours: a draw by lot among the samples whose labels are safe and whose images do not look damaged, as diverse as all
+that is trusted, under quotas by what a class can be trusted for. Trust has cross-fitted heads, so that no adapters are
+trained."""

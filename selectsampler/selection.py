@@ -215,9 +215,10 @@ def select(
     The objective is the sum of the samples' utilities: for `Scores` their weighted sum (`Scores.utility`), for a tensor
     its own entries. With `PAPER_WEIGHTS` it is the selection optimization of arXiv 2410.11215, with `DEFAULT_WEIGHTS`
     the expected number of right labels and of intact images. Its highest sums are easy samples, though, which train
-    fast and not far: `method="draw"` gives up a little of it, `risk`, for a choice by lot among all that is safe, so
-    that the subset keeps the density of the data; where all labels are right, it is a random subset of what does not
-    look damaged.
+    fast and not far: `method="draw"` gives up a little of it, `risk`, for a choice by lot among all that is safe. As
+    that lies closer together than the data does, the farther a sample lies from its neighbours, the better its chance,
+    by the power of its distance with which the drawn lie as far apart as all that is trusted. Where all labels are
+    right that power is 0, and the subset a random one of what does not look damaged.
 
     Args:
         scores: `Scores`, or one float tensor (N,) of your own, finite, higher is better.
@@ -234,13 +235,15 @@ def select(
             What each range costs in objective stands in the provenance as `prices`.
         method: `draw`, by lot among the samples whose label and image are safe, then of the rest the most probable to
             be right in both; near-duplicates of a more trusted sample (their `trusted_diversity` is 0) come last of
-            the trusted. `exact`, the optimum of utility; `group`, greedy on utility and coverage, with a bound on what
-            any subset could reach; `straight_through`, the paper's gradient optimizer, cut to the exact size. `auto`
-            is `draw` where the scores hold trust, without `score_weights`; else `exact`.
+            the trusted. Without `trusted_diversity` all that is safe has the same chance. `exact`, the optimum of
+            utility; `group`, greedy on utility and coverage, with a bound on what any subset could reach;
+            `straight_through`, the paper's gradient optimizer, cut to the exact size. `auto` is `draw` where the scores
+            hold trust, without `score_weights`; else `exact`.
         risk: of method `draw`: how many more of the selected labels may be wrong, as a share and in expectation, than
             in the safest selection under the same quotas (`safe_limit`); 0 is that selection, 1 takes any label. A
-            tenth of it is allowed for damaged images. Where safe images or distinct ones are too few, that can cost
-            safe labels: what both come to stands in the provenance as `wrong_labels`.
+            tenth of it is allowed for damaged images, and the more intact half is always safe. Where safe images or
+            distinct ones are too few, that can cost safe labels: what both come to stands in the provenance as
+            `wrong_labels`, and how far apart the drawn and the trusted lie as `diversity`.
         image_features: (N, D), of method `group`: the space to cover; by default that of the embeddings that were
             scored, which saved scores lack: then pass `embeddings.image`.
         coverage_weight: of method `group`: what it is worth to bring a trusted sample from nowhere to being kept.

@@ -1,7 +1,7 @@
 """The solvers against every subset there is, apportionment against fractions."""
 
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, permutations
 
 import helpers  # noqa: F401, sets the number of threads
 import pytest
@@ -113,6 +113,48 @@ def test_a_draw_takes_every_one_of_equals_equally_often():
         drawn[draw(torch.zeros(20), 5, seed=seed)] += 1
     assert drawn.sum() == 2000 * 5
     assert ((drawn - 500).abs() < 5 * (2000 * 0.25 * 0.75) ** 0.5).all()
+
+
+def test_a_weighted_lot_draws_one_after_another_in_proportion_to_the_weights():
+    weights, rounds = [1.0, 2.0, 5.0, 1.0], 4000
+    expected = torch.zeros(4)
+    for first, second in permutations(range(4), 2):
+        chance = weights[first] / 9 * weights[second] / (9 - weights[first])
+        expected[[first, second]] += chance
+    drawn = torch.zeros(4)
+    for seed in range(rounds):
+        drawn[draw(torch.zeros(4), 2, weights=torch.tensor(weights), seed=seed)] += 1
+    assert ((drawn / rounds - expected).abs() < 4 * 0.5 / rounds**0.5).all()
+
+
+@pytest.mark.parametrize("k", [20, 100, 180])
+def test_with_weights_as_many_are_safe_as_leave_the_risk_on_average_over_draws(k):
+    generator = torch.Generator().manual_seed(k)
+    probability, weights = (torch.rand(200, generator=generator) for _ in range(2))
+    weights = (weights + 1.5 - probability) ** 3  # the doubtful are drawn more often
+    groups = torch.arange(200) % 2
+    options = {"weights": weights, "groups": groups, "quotas": torch.tensor([k // 4, k - k // 4]).clamp(max=100)}
+    k = int(options["quotas"].sum())
+    allowed = float((1 - probability[top_k(probability, k, groups=groups, quotas=options["quotas"])]).sum()) + 0.1 * k
+
+    def wrong(limit):
+        utility = torch.where(probability >= limit, 1.0, probability)
+        return sum(float((1 - probability[draw(utility, k, **options, seed=seed)]).sum()) for seed in range(300)) / 300
+
+    limits = probability.unique()
+    found = int((limits == safe_limit(probability, k, 0.1, **options)).nonzero())
+    assert wrong(float(limits[found])) < allowed + 0.02 * k
+    assert found == 0 or wrong(float(limits[max(0, found - 8)])) > allowed - 0.02 * k
+    even = {"groups": groups, "quotas": options["quotas"]}
+    alike = safe_limit(probability, k, 0.1, weights=torch.full((200,), 3.0), **even)
+    assert alike == safe_limit(probability, k, 0.1, **even)
+
+
+def test_a_weight_that_is_not_positive_is_named():
+    for call in (lambda weights: draw(torch.zeros(2), 1, weights=weights),
+                 lambda weights: safe_limit(torch.ones(2), 1, 0.1, weights=weights)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"weights\[1\] is 0\.0, but a lot needs a positive weight"):
+            call(torch.tensor([1.0, 0.0]))
 
 
 @settings(max_examples=100, deadline=None)

@@ -230,6 +230,15 @@ def test_hardly_anyone_is_left_out_because_some_intact_images_look_less_intact_t
     assert drawn[:300].std() < 3 * (100 * keep * (1 - keep)) ** 0.5
 
 
+def test_the_more_intact_half_is_drawn_from_however_few_are_asked_for():
+    looks = 1 - 0.5 * torch.linspace(0, 1, 400)
+    drawn = torch.zeros(400)
+    for seed in range(100):
+        drawn[select(safe_scores(400, intactness=looks), 0.1, seed=seed).indices] += 1
+    assert (drawn[:200] > 0).all()
+    assert (drawn[201:] == 0).all()
+
+
 @pytest.mark.filterwarnings("ignore:The budget is")
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.7])
 def test_where_few_labels_are_right_how_intact_images_look_decides_nothing_against_trust(keep):
@@ -251,6 +260,35 @@ def test_a_draw_holds_at_most_the_risk_more_of_wrong_labels_than_the_safest_sele
     safest = float((1 - scores["trust"][select(scores, keep, risk=0.0).indices]).mean())
     assert safest == pytest.approx(float((1 - scores["trust"][: int(keep * 400)]).mean()), abs=1e-6)
     assert safest < sum(wrong) / 50 < safest + 0.005 + 0.001
+
+
+def far_and_doubtful(samples: int = 2000) -> Scores:
+    """The farther from its neighbours, the less sure is a label; all are trusted."""
+    near, doubt = torch.rand(2, samples, generator=torch.Generator().manual_seed(0))
+    distance, trust = 0.5 + near, 1 - 0.1 * near**2 * doubt
+    columns = {"trust": trust, "trusted_diversity": trust * distance}
+    return Scores(columns, labels=torch.arange(samples) % 4, class_names=list("abcd"))
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.2])
+def test_what_is_drawn_lies_as_far_apart_as_all_that_is_trusted_and_keeps_to_the_risk(keep):
+    scores = far_and_doubtful()
+    selection = select(scores, keep, risk=0.005)
+    distance = scores["trusted_diversity"] / scores["trust"]
+    found = selection.provenance["selection"]
+    assert found["diversity"]["of_trusted"] == pytest.approx(float(distance.mean()), abs=0.01)
+    assert found["diversity"]["drawn"] == pytest.approx(float(distance[selection.indices].mean()), abs=1e-5)
+    assert found["diversity"]["drawn"] == pytest.approx(found["diversity"]["of_trusted"], abs=0.006)
+    assert 0 < found["diversity"]["power"] < 4
+    assert found["wrong_labels"]["expected"] < found["wrong_labels"]["of_safest"] + 0.005 + 0.001
+    safest = select(scores, keep, risk=0.0).indices
+    assert distance[safest].mean() < distance.mean() - 0.1
+
+
+def test_where_nothing_is_missing_from_the_safe_ones_all_have_the_same_chance():
+    columns = dict(far_and_doubtful().columns) | {"trust": torch.ones(2000)}
+    found = select(Scores(columns, labels=torch.arange(2000) % 4, class_names=list("abcd")), 0.5)
+    assert found.provenance["selection"]["diversity"]["power"] < 0.2
 
 
 def test_at_risk_1_it_draws_from_all():

@@ -84,6 +84,22 @@ def test_noise_that_follows_the_image_does_not_outweigh_the_prompts():
     assert expected_calibration_error(trust.probability, labels == truth) < 0.04
 
 
+@pytest.mark.parametrize(("kind", "counts"), [("asymmetric", True), ("of_the_unsure", False)])
+def test_confusions_count_where_the_class_tells_what_an_image_is_mistaken_for(kind, counts, monkeypatch):
+    images, text, truth = made_images(spread=1.0)
+    if kind == "asymmetric":
+        labels = noisy("asymmetric", truth, images, rate=0.3)
+    else:  # whoever looks at other features mistakes an image for what it looks like there
+        observed = torch.cat([images[:, : DIM // 2], torch.zeros(len(images), DIM - DIM // 2)], dim=1)
+        labels = noisy("instance", truth, observed, rate=0.2)
+    auroc = {}
+    for name, telling in (("as it is", module.TELLING), ("always", -1.0), ("never", math.inf)):
+        monkeypatch.setattr(module, "TELLING", telling)
+        auroc[name] = roc_auc_score(labels == truth, label_trust(images, text, labels).probability)
+    assert auroc["as it is"] == auroc["always" if counts else "never"]
+    assert auroc["as it is"] == max(auroc.values())
+
+
 def test_the_transition_matrix_shows_which_classes_are_confused():
     images, text, truth = made_images()
     labels = noisy("asymmetric", truth, images, rate=0.4)

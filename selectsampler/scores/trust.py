@@ -23,6 +23,7 @@ SHRINKAGE = 2.0  # weighs |W|^2 / n: a Gaussian prior around the zero-shot class
 EIGENVALUE_FLOOR = 1e-3  # of the largest: directions without variance are not blown up
 ANCHORS = 0.06  # of a class's mean size: its anchors, the samples that are surest to be of it
 FLATTERED = 1.33  # how much too high a temperature noise that follows the image can make likely
+TELLING = 0.18  # of log C nats a wrong label: what its class must say of it, that confusions of classes count
 BY_CHANCE = 0.01  # a gain in hits over the prompts that says little
 STANDS_OUT = 3.0  # standard deviations by which a confusion exceeds the background before it counts as one of its own
 PASSES = 8  # of expectation and maximisation, for the last transition matrix
@@ -40,8 +41,8 @@ class Trust:
 
     Args:
         probability: (N,), float32, in [0, 1]: how likely each label is right.
-        transition: (C, C), float32, rows sum to 1: how likely a sample of class z (row) is labelled y (column). Of a
-            class without samples nothing is known: its row has 1 for itself.
+        transition: (C, C), float32, rows sum to 1: how likely a sample of class z (row) is labelled y (column), as
+            estimated from all samples. Of a class without samples nothing is known: its row has 1 for itself.
         noise_rate: the share of wrong labels among all.
         class_noise: (C,), float32: the share of wrong labels among the samples given each label; nan for empty classes.
         unknown: the classes whose samples the prompts find hardly more often than they find others.
@@ -92,6 +93,10 @@ def label_trust(
     one rate. In the end
 
         trust = P(z = y | image, y) = p(y | image) T[y, y] / sum_z p(z | image) T[z, y].
+
+    That blames confusions on the class. Where it is the image that is hard to tell, an even T of the same noise rate
+    ranks better, and stands in for T here unless T makes the labels likelier by at least 0.18 log C nats for each wrong
+    label: log C if the class alone said what an image is mistaken for, 0 if it said nothing.
 
     Where neither CLIP nor the data tell classes apart, what is ambiguous by nature counts as noise in part. Where
     people confuse what CLIP confuses, the ranking holds, but less noise is reported than there is.
@@ -148,9 +153,11 @@ def label_trust(
         temperature = fitted if temperature is None else min(fitted, max(temperature, fitted / FLATTERED))
         evidence = _Evidence(data, heads, temperature, unknown, transition, seed)
         transition = _transition(data, evidence, transition)
+        even = _uniform(classes, evidence.noise_rate(transition)).to(labels.device)
+        judging = transition if evidence.gain(transition, even) >= TELLING else even
         probability = torch.cat(
             [
-                _of_label(_given_labels(logits, transition, labels[rows]), labels[rows])
+                _of_label(_given_labels(logits, judging, labels[rows]), labels[rows])
                 for logits, rows in evidence.in_blocks()
             ]
         )
@@ -425,6 +432,17 @@ class _Evidence:
         gain = max(0.0, hits - hits_of_prompts) / max(hits - 1 / self.data.classes, 1e-6)
         learnt = max(0.0, likelihood - likelihood_of_prompts) / 2
         return gain / (gain + learnt + BY_CHANCE)
+
+    def noise_rate(self, transition: Tensor) -> float:
+        """The share of wrong labels, if they come about by this transition matrix."""
+        return float(1 - (self.logits_of_some.softmax(dim=1) @ transition.diagonal()).mean())
+
+    def gain(self, transition: Tensor, even: Tensor) -> float:
+        """By how many log C nats a wrong label this transition matrix makes the labels likelier than an even one."""
+        posterior, labels = self.logits_of_some.softmax(dim=1), self.data.labels[self.some]
+        likelihoods = [(posterior * matrix.T[labels]).sum(dim=1).clamp(min=1e-9).log() for matrix in (transition, even)]
+        nats = float((likelihoods[0] - likelihoods[1]).mean())
+        return nats / max(self.noise_rate(transition) * math.log(self.data.classes), 1e-9)
 
     def logits(self, rows: Tensor) -> Tensor:
         """(b, C): log p(z | image) up to a constant, by what did not see the label."""
