@@ -7,13 +7,14 @@ pretrained on the others). For each noise, share kept and seed every method sele
 labelled. Noise: the share of wrong labels among the kept. Diversity: mean SDS (k = 49, directions, true classes) of the
 kept right-labelled samples over that of all right-labelled. Coverage: mean distance of every right-labelled sample to
 its nearest kept right-labelled one of its class, over that of a random right-labelled subset of the same size (lower is
-better). Trust and oracle are curves over the weight of diversity, read off where their diversity is the paper's or
-zero-shot's; `covering` is a curve too, trust with a weight for diversity and 1.25 times of it for coverage, by
-`method="group"`. `ours` is the draw that `select` makes by default, by trust alone and under those quotas.
-`presets.default` and `presets.paper` are what a user gets: all of their scores, their own quotas or none. The
-certificate is that of pure coverage (no utility) of what is trusted: how far below its upper bound the greedy subset
-lies, over how far below a random one does. The oracle is a linear head cross-fitted on the true labels, whose posterior
-goes through the same transition matrix and the same diversity.
+better). Hard: of the quarter of each class's right-labelled samples to which CLIP gives their class the least zero-shot
+probability, the share that stays. Trust and oracle are curves over the weight of diversity, read off where their
+diversity is the paper's or zero-shot's; `covering` is a curve too, trust with a weight for diversity and 1.25 times of
+it for coverage, by `method="group"`. `ours` is the draw that `select` makes by default, by trust and trusted diversity
+alone and under those quotas. `presets.default` and `presets.paper` are what a user gets: all of their scores, their own
+quotas or none. The certificate is that of pure coverage (no utility) of what is trusted: how far below its upper bound
+the greedy subset lies, over how far below a random one does. The oracle is a linear head cross-fitted on the true
+labels, whose posterior goes through the same transition matrix and the same diversity.
 """
 
 import argparse
@@ -189,6 +190,12 @@ class Judge:
         self.sds = sample_diversity(self.directions, self.truth, 49)
         self.order = torch.from_numpy(np.random.default_rng([seed, 9]).permutation(len(labels)))
         self.random: dict[int, float] = {}
+        prompts = normalize(embeddings.text.float(), dim=1)
+        own = (self.directions @ prompts.T / embeddings.temperature).log_softmax(dim=1)[range(len(labels)), self.truth]
+        self.hard = torch.zeros_like(self.right)
+        for label in self.truth.unique():
+            rows = (self.right & (self.truth == label)).nonzero()[:, 0]
+            self.hard[rows[own[rows].argsort()[: len(rows) // 4]]] = True
 
     def __call__(self, selected: Tensor) -> Point:
         right = self.right[selected]
@@ -199,6 +206,7 @@ class Judge:
             "noise": 100 * float(1 - right.float().mean()),
             "diversity": float(self.sds[kept].mean() / self.sds[self.right].mean()),
             "coverage": self._distance(kept) / self.random[size],
+            "hard": 100 * float(self.hard[selected].sum() / self.hard.sum()),
         }
 
     def _distance(self, kept: Tensor) -> float:
@@ -272,12 +280,17 @@ def table(results: dict[str, Any]) -> str:
     }
     lines += ["", "Pure coverage at 30 %, (bound - value) / (bound - value of a random subset): "]
     lines[-1] += ", ".join(f"{spec} {interval(values, 3)}" for spec, values in ratios.items()) + "."
-    lines += ["", "Noise in % / diversity / coverage (`ours`, `covering`, `presets`: see benchmarks/frontier.py):", ""]
+    lines += [
+        "",
+        "Noise in % / diversity / coverage / hard that stay in % (see benchmarks/frontier.py):",
+        "",
+    ]
     lines += ["| noise | kept | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for spec, kept in cells:
         points = [row["points"] for row in results["rows"] if (row["noise"], row["kept"]) == (spec, kept)]
         figures = [
             " / ".join(f"{np.mean([p[name][f] for p in points]):.2f}" for f in ("noise", "diversity", "coverage"))
+            + f" / {np.mean([p[name]['hard'] for p in points]):.0f}"
             for name in names
         ]
         lines.append(f"| {spec} | {kept:.0%} | " + " | ".join(figures) + " |")
