@@ -19,7 +19,7 @@ paper: Preset = {
 
 default: Preset = {
     "adapt": {"method": "none"},
-    "score": {"columns": ("semantic_alignment", "trust", "trusted_diversity", "intactness")},
+    "score": {"columns": ("semantic_alignment", "semantic_margin", "trust", "trusted_diversity", "intactness")},
     "select": {"balance": "auto", "method": "auto"},
 }
 """Ours: a draw by lot among the samples whose labels are safe and whose images do not look damaged, as diverse as all

@@ -260,8 +260,8 @@ def select(
         count = int(sum(balance.values()))
     table = Scores({"utility": scores}) if isinstance(scores, Tensor) else scores
     budget = resolve_budget(keep, count, len(table))
-    if not 0 <= risk <= 1:
-        raise ValueError(f"risk is {risk}, but it must be a share in [0, 1].")
+    if not isinstance(risk, (int, float)) or not 0 <= risk <= 1:
+        raise ValueError(f"risk is {risk!r}, but it must be a share in [0, 1].")
     if method == "auto":
         method = "draw" if "trust" in table.columns and score_weights is None else "exact"
     if method == "draw" and "trust" not in table.columns:
@@ -312,15 +312,15 @@ def _default_weights(table: Scores) -> Mapping[str, float]:
 
 
 def _hard_but_trusted(table: Scores, indices: Tensor) -> dict[str, Any]:
-    """Of the samples that are surely right: the quarter that looks least like its class, and how many of it stay."""
-    if table.labels is None or not {"trust", "semantic_alignment"} <= table.columns.keys():
+    """Of the samples that are surely right: the quarter of each class with the lowest margin, and how many stay."""
+    if table.labels is None or not {"trust", "semantic_margin"} <= table.columns.keys():
         return {}
-    alignment, labels = table["semantic_alignment"].cpu(), table.labels.cpu()
+    margin, labels = table["semantic_margin"].cpu(), table.labels.cpu()
     sure, hard = table["trust"].cpu() >= SURE, torch.zeros(len(labels), dtype=torch.bool)
     for _, rows in rows_of_groups(labels):
         rows = rows[sure[rows]]
         if len(rows):
-            hard[rows] = alignment[rows] <= alignment[rows].float().quantile(0.25)
+            hard[rows] = margin[rows] <= margin[rows].float().quantile(0.25)
     return {"hard_but_trusted": {"there": int(hard.sum()), "kept": int(hard[indices].sum())}}
 
 

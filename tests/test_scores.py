@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from selectsampler import Embeddings, Scores, adapt, score
-from selectsampler.scores import default_neighbours, sample_diversity, semantic_alignment
+from selectsampler.scores import alignment, default_neighbours, sample_diversity, semantic_alignment, semantic_margin
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 
@@ -44,6 +44,22 @@ def test_semantic_alignment_ignores_length_follows_the_samples_and_stays_within_
     assert_close(semantic_alignment(length * images.flip(0), texts / length, labels.flip(0)), scores.flip(0), **CLOSE)
     assert scores.abs().max() <= 1 + 1e-6
     assert_close(semantic_alignment(texts[labels], texts, labels), torch.ones(30))
+
+
+@pytest.mark.parametrize("cosines_at_once", [2**22, 7])
+def test_the_margin_is_the_cosine_of_the_own_prompt_less_the_highest_of_another(cosines_at_once, monkeypatch):
+    monkeypatch.setattr(alignment, "COSINES", cosines_at_once)
+    images, texts, labels = random_features(samples=30, classes=5)
+    expected = [
+        cosine(image, texts[label]) - max(cosine(image, text) for number, text in enumerate(texts) if number != label)
+        for image, label in zip(images, labels.tolist(), strict=True)
+    ]
+    assert_close(semantic_margin(images, texts, labels), torch.tensor(expected), **CLOSE)
+
+
+def test_of_a_single_class_there_is_no_margin():
+    with pytest.raises(ValueError, match="one class, so that there is no other"):
+        semantic_margin(torch.ones(3, 2), torch.ones(1, 2), torch.zeros(3, dtype=torch.int64))
 
 
 def test_semantic_alignment_of_half_precision_features_is_computed_in_float32():

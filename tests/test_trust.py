@@ -275,10 +275,10 @@ def test_within_shares_the_lot_decides_as_well():
     assert drawn[0].objective <= drawn[0].bound == best.objective
 
 
-def test_of_the_surest_labels_the_quarter_least_like_its_class_is_counted():
+def test_of_the_surest_labels_the_quarter_with_the_lowest_margin_is_counted():
     trust = torch.tensor([1.0] * 80 + [0.3] * 320)
-    alignment = torch.cat([torch.linspace(0.5, 1.0, 80), torch.linspace(0.0, 0.4, 320)])
-    scores = Scores({"trust": trust, "semantic_alignment": alignment}, labels=torch.zeros(400, dtype=torch.int64))
+    margin = torch.cat([torch.linspace(-0.1, 0.5, 80), torch.linspace(-0.5, -0.2, 320)])
+    scores = Scores({"trust": trust, "semantic_margin": margin}, labels=torch.zeros(400, dtype=torch.int64))
     counted = select(scores, count=40, method="exact").provenance["selection"]["hard_but_trusted"]
     assert counted["there"] == 20
     indices = select(scores, count=80).indices

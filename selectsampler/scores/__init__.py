@@ -1,6 +1,6 @@
 """Scores of samples, one file a score, each a pure function of tensors; `table` puts them side by side."""
 
-from selectsampler.scores.alignment import semantic_alignment
+from selectsampler.scores.alignment import semantic_alignment, semantic_margin
 from selectsampler.scores.diversity import default_neighbours, sample_diversity
 from selectsampler.scores.duplicates import near_duplicates
 from selectsampler.scores.norm_sim import norm_sim
@@ -19,4 +19,5 @@ __all__ = [
     "sample_diversity",
     "score",
     "semantic_alignment",
+    "semantic_margin",
 ]

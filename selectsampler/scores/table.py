@@ -1,6 +1,6 @@
 """All scores of a data set side by side, on one scale, with what they came from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from selectsampler.embeddings.features import Embeddings
 from selectsampler.export import write_table
 from selectsampler.grouping import rows_of_groups
 from selectsampler.progress import progress_bar
-from selectsampler.scores.alignment import semantic_alignment
+from selectsampler.scores.alignment import semantic_alignment, semantic_margin
 from selectsampler.scores.damage import FEWEST, intactness
 from selectsampler.scores.diversity import default_neighbours, sample_diversity
 from selectsampler.scores.duplicates import near_duplicates
@@ -24,7 +24,7 @@ from selectsampler.validation import check_mask, check_vector
 
 __all__ = ["SCORES", "Scores", "score"]
 
-SCORES = ("semantic_alignment", "sample_diversity", "trust", "trusted_diversity", "intactness")
+SCORES = ("semantic_alignment", "sample_diversity", "semantic_margin", "trust", "trusted_diversity", "intactness")
 ON_SCALE = ("trust", "trusted_diversity", "intactness")  # probabilities, or multiples of a mean: added up as they are
 BLOCK = 2**16  # samples whose utility is worked out at once
 TRUSTED = 0.5  # at least this probable is the label of a sample that counts as trusted
@@ -180,8 +180,9 @@ def score(
 
     Args:
         embeddings: of N samples; adapted ones are aligned with the adapters that did not see their label.
-        columns: which scores. `semantic_alignment` and `sample_diversity` are those of arXiv 2410.11215. `trust`, in
-            [0, 1], is the probability that the label is right (`label_trust`); left out where all are of one class.
+        columns: which scores. `semantic_alignment` and `sample_diversity` are those of arXiv 2410.11215.
+            `semantic_margin` is by how much an image fits its label better than any other class. `trust`, in [0, 1], is
+            the probability that the label is right (`label_trust`). Both are left out where all are of one class.
             `trusted_diversity` is trust times the distance to the nearest trusted samples of the class, over the mean
             of that distance; 0 for near-duplicates of a more trusted sample, and for samples that are not trusted.
             `intactness`, in [0, 1], is the probability that the image is not damaged; left out where `embed` made too
@@ -208,9 +209,11 @@ def score(
     provenance = {**source.provenance, "adaptation": adapted.provenance, "k": k, "scaling": scaling, "score_seed": seed}
     made = {}
     if "semantic_alignment" in columns:
-        made["semantic_alignment"] = _alignment(adapted)
+        made["semantic_alignment"] = _by_fold(semantic_alignment, adapted)
     if "sample_diversity" in columns:
         made["sample_diversity"] = _diversity(adapted.distance_features, source, k, progress=progress)
+    if "semantic_margin" in columns and len(source.class_names) > 1:
+        made["semantic_margin"] = _by_fold(semantic_margin, adapted)
     if {"trust", "trusted_diversity"} & set(columns) and _several_classes(source):
         trust = _trust(source, seed, progress=progress)
         provenance["trust"] = _described(trust, source.class_names)
@@ -232,14 +235,15 @@ def score(
     )
 
 
-def _alignment(adapted: Adapted) -> Tensor:
+def _by_fold(compare: Callable[[Tensor, Tensor, Tensor], Tensor], adapted: Adapted) -> Tensor:
+    """(N,): how images compare with prompts, each by the adapters that did not see its label; 0 for unreadable ones."""
     source = adapted.embeddings
-    alignment = torch.zeros(len(source), device=source.image.device)
+    compared = torch.zeros(len(source), device=source.image.device)
     for rows, image, text in adapted.by_fold():
         if source.readable is not None:
             image, rows = image[source.readable[rows]], rows[source.readable[rows]]
-        alignment[rows] = semantic_alignment(image, text, source.labels[rows])
-    return alignment
+        compared[rows] = compare(image, text, source.labels[rows])
+    return compared
 
 
 def _diversity(features: Tensor, source: Embeddings, k: int, *, progress: bool) -> Tensor:
