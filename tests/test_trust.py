@@ -11,8 +11,10 @@ from sklearn.metrics import roc_auc_score
 from torch.testing import assert_close
 
 from selectsampler import Embeddings, Scores, SelectSampler, embed, presets, score, select
-from selectsampler.scores import label_trust
+from selectsampler.scores import label_trust, trust_heads
 from selectsampler.scores import trust as module
+from selectsampler.scores.transition import even_transition
+from selectsampler.scores.trust_evidence import largest
 
 CLASSES, EACH, DIM = 6, 300, 24
 
@@ -142,7 +144,7 @@ def test_blocks_change_nothing(monkeypatch):
     images, text, truth = made_images()
     labels = noisy("symmetric", truth, images, rate=0.4)
     whole = label_trust(images, text, labels)
-    monkeypatch.setattr(module.Data, "block_rows", 97)
+    monkeypatch.setattr(trust_heads.Data, "block_rows", 97)
     parts = label_trust(images, text, labels)
     assert_close(whole.probability, parts.probability, atol=1e-3, rtol=0)
 
@@ -355,18 +357,18 @@ def test_from_dataset_takes_any_method_of_select(method, tiny_clip, pairs):
 def test_the_gradient_that_is_written_out_is_that_of_the_likelihood():
     images, text, truth = made_images()
     labels = noisy("symmetric", truth, images, rate=0.4)
-    data = module.Data(images, text, labels)
-    heads = module._Heads(data, 0.05, 3, seed=0)
+    data = trust_heads.Data(images, text, labels)
+    heads = trust_heads.Heads(data, 0.05, 3, seed=0)
     generator = torch.Generator().manual_seed(1)
     heads.weight, heads.bias, heads.trust_in_prompts = (
         torch.randn(shape, generator=generator) / 4 for shape in ((DIM, 3, CLASSES), (3, CLASSES), (3, CLASSES))
     )
-    transition = module._uniform(CLASSES, 0.3)
+    transition = even_transition(CLASSES, 0.3)
     rows = torch.arange(0, len(labels), 7)
     parameters = [each.double().requires_grad_() for each in (heads.weight, heads.bias, heads.trust_in_prompts)]
     weight, bias, trust_in_prompts = parameters
     directions = data.directions(rows).double()
-    loss = module.SHRINKAGE / (len(labels) * 2 / 3) * weight.square().sum()
+    loss = trust_heads.SHRINKAGE / (len(labels) * 2 / 3) * weight.square().sum()
     for fold in range(3):
         seen = heads.fold[rows] != fold
         logits = (directions[seen] - data.mean) @ data.whitening.double() @ weight[:, fold] + bias[fold]
@@ -381,7 +383,7 @@ def test_the_gradient_that_is_written_out_is_that_of_the_likelihood():
 @pytest.mark.parametrize(("columns", "k"), [(4096, 50), (408, 50), (400, 50), (401, 50), (30, 30)])
 def test_the_largest_of_a_row_are_those_of_a_whole_sort(columns, k):
     values = torch.randn(64, columns, generator=torch.Generator().manual_seed(0))
-    found, expected = module._largest(values, k), values.topk(k, dim=1)
+    found, expected = largest(values, k), values.topk(k, dim=1)
     assert torch.equal(found[0], expected.values)
     assert torch.equal(found[1], expected.indices)
 
@@ -433,7 +435,7 @@ def test_confusions_are_seen_where_the_scalars_are_fitted_to_few_samples_a_class
     images, text, truth = made_images()
     classes = len(text)
     labels = noise.pair_flip(truth, 0.3, classes=classes, seed=0)
-    monkeypatch.setattr(module, "FITTED", 6 * classes * classes)  # six samples a class, as of 1,000 classes two
+    monkeypatch.setattr(trust_heads, "FITTED", 6 * classes * classes)  # six samples a class, as of 1,000 classes two
     transition = label_trust(images, text, labels, progress=False).transition
     rows = torch.arange(classes)
     assert float(transition[rows, (rows + 1) % classes].mean()) == pytest.approx(0.3, abs=0.05)

@@ -1,0 +1,110 @@
+"""Of trust: how likely a sample of one class is labelled as another, and what follows from it for a label."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from selectsampler.scores.trust_heads import Data, Heads
+
+if TYPE_CHECKING:
+    from selectsampler.scores.trust_evidence import Evidence
+
+__all__ = [
+    "anchored_transition",
+    "even_transition",
+    "given_labels",
+    "likeliest",
+    "likeliest_transition",
+    "of_label",
+]
+
+ANCHORS = 0.06  # of a class's mean size: its anchors, the samples that are surest to be of it
+STANDS_OUT = 3.0  # standard deviations by which a confusion exceeds the background before it counts as one of its own
+PASSES = 8  # of expectation and maximisation, for the last transition matrix
+ENOUGH = 20  # samples a class that it takes to tell one confusion from chance
+
+
+def even_transition(classes: int, rate: float) -> Tensor:
+    """(C, C): a transition matrix under which every wrong label is equally likely."""
+    return torch.full((classes, classes), rate / (classes - 1)).fill_diagonal_(1 - rate)
+
+
+def anchored_transition(data: Data, heads: Heads) -> Tensor:
+    """(C, C): the transition matrix, from the labels of the anchors."""
+    anchors = _anchors(data, heads)
+    pairs = torch.arange(data.classes, device=anchors.device) * data.classes + data.labels[anchors]
+    counts = torch.bincount(pairs.flatten(), minlength=data.classes**2)  # of anchors of z labelled y
+    counts = counts.view(data.classes, data.classes).float()
+    return _without_chance(counts, torch.zeros_like(counts))
+
+
+def likeliest_transition(data: Data, evidence: "Evidence", transition: Tensor) -> Tensor:
+    """(C, C): the transition matrix under which the labels are likeliest, the evidence for true classes being given.
+
+    Fitted to some samples in a few passes; where these are few a class, to all samples, in one.
+    """
+    few = len(evidence.some) < min(len(data), ENOUGH * data.classes)
+    for _ in range(1 if few else PASSES):
+        counts, variance = torch.zeros_like(transition), torch.zeros_like(transition)  # of samples of z labelled y
+        for logits, rows in evidence.in_blocks() if few else [(evidence.logits_of_some, evidence.some)]:
+            posterior = given_labels(logits, transition, data.labels[rows])
+            counts.index_add_(1, data.labels[rows], posterior.T)
+            variance.index_add_(1, data.labels[rows], (posterior * (1 - posterior)).T)
+        transition = _without_chance(counts, variance)
+    return transition
+
+
+def _without_chance(counts: Tensor, variance: Tensor) -> Tensor:
+    """(C, C), rows sum to 1: shares of counts, (C, C); off the diagonal, what does not stand out shares one rate."""
+    own = torch.eye(len(counts), dtype=torch.bool, device=counts.device)
+    sizes = counts.sum(dim=1, keepdim=True).clamp(min=1e-9).expand_as(counts)
+    apart = torch.zeros_like(own)
+    for _ in range(6):  # the background is what does not stand out from it
+        rest = ~(apart | own)
+        background = counts[rest].sum() / sizes[rest].sum().clamp(min=1e-9)
+        expected = background * sizes
+        apart = (counts > 1.5 * expected + STANDS_OUT * (expected + variance + 0.5).sqrt()) & ~own
+    wrong = torch.where(apart, counts / sizes, background).masked_fill(own, 0)
+    wrong = wrong / (wrong.sum(dim=1, keepdim=True) / 0.95).clamp(min=1)
+    return wrong + torch.diag(1 - wrong.sum(dim=1))
+
+
+def _anchors(data: Data, heads: Heads) -> Tensor:
+    """(m, C), int64: of each class the rows whose posterior of it is highest, whatever their label."""
+    per_class = min(len(data), max(20, round(ANCHORS * len(data) / data.classes)))
+    best = torch.empty(0, data.classes, device=data.labels.device)
+    rows_of = torch.empty(0, data.classes, dtype=torch.int64, device=data.labels.device)
+    for rows in data.blocks():
+        values = torch.cat([best, heads.logits(rows).softmax(dim=1)])
+        candidates = torch.cat([rows_of, rows[:, None].expand(-1, data.classes)])
+        best, places = values.topk(min(per_class, len(values)), dim=0)
+        rows_of = candidates.gather(0, places)
+    return rows_of
+
+
+def likeliest(parameters: Tensor, logits: Callable[[Tensor], Tensor], transition: Tensor, labels: Tensor) -> Tensor:
+    """The parameters, (M,), found from those given, with whose logits the labels are likeliest."""
+    parameters = parameters.clone().requires_grad_()
+    columns = transition.T[labels]
+    optimizer = torch.optim.LBFGS([parameters], max_iter=30, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -(logits(parameters).softmax(dim=1) * columns).sum(dim=1).clamp(min=1e-9).log().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return parameters.detach()
+
+
+def given_labels(logits: Tensor, transition: Tensor, labels: Tensor) -> Tensor:
+    """(b, C): the posterior of the true class, the label as given known as well."""
+    joint = logits.softmax(dim=1) * transition.T[labels]
+    return joint / joint.sum(dim=1, keepdim=True).clamp(min=1e-30)
+
+
+def of_label(posterior: Tensor, labels: Tensor) -> Tensor:
+    return posterior.gather(1, labels[:, None])[:, 0]
