@@ -36,7 +36,9 @@ class Data:
 
     def __init__(self, embeddings: ss.Embeddings, spec: str, seed: int) -> None:
         self.truth, self.seed, self.kept = embeddings.labels, seed, 0.5
-        labels = noise.apply(spec, self.truth, classes=len(embeddings.class_names), seed=seed)
+        labels = self.truth
+        if spec != "none":
+            labels = noise.apply(spec, self.truth, classes=len(embeddings.class_names), seed=seed)
         self.embeddings = embeddings.with_labels(labels)
         self.order = torch.from_numpy(np.random.default_rng([seed, 1]).permutation(len(labels)))
         self._scores: dict[str, ss.Scores] = {}
@@ -87,7 +89,7 @@ METHODS: dict[str, Callable[[Data], Tensor]] = {
     "ours": lambda data: data.ours(),
     "ours, no quotas": lambda data: data.ours(balance=None),
     "ours, no intactness": lambda data: data.ours(without=["intactness"]),
-    "ours, repeats as well": lambda data: data.ours(without=["trusted_diversity"]),
+    "ours, one chance for all": lambda data: data.ours(without=["trusted_diversity"]),
     "ours, no risk": lambda data: data.ours(risk=0.0),
     "ours, twice the risk": lambda data: data.ours(risk=0.01),
     "ours, four times the risk": lambda data: data.ours(risk=0.02),
@@ -104,7 +106,7 @@ def main() -> None:
     parser.add_argument("--clip", required=True)
     parser.add_argument("--out", type=Path, required=True, help="JSON; the table goes beside it as .md")
     parser.add_argument("--cache-dir", type=Path)
-    parser.add_argument("--noise", nargs="+", default=["symmetric:0.2", "symmetric:0.4"], help="(%(default)s)")
+    parser.add_argument("--noise", nargs="+", default=["none", "symmetric:0.2", "symmetric:0.4"], help="(%(default)s)")
     parser.add_argument("--kept", nargs="+", type=float, default=[0.3, 0.5], help="(%(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
