@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 
 from selectsampler.balance import Quotas, Shares, class_quotas, share_ranges
-from selectsampler.optimizers import draw, group, prices, safe_limit, straight_through, top_k, top_k_in_ranges
-from selectsampler.progress import progress_bar
+from selectsampler.lottery import Lottery
+from selectsampler.optimizers import group, prices, straight_through, top_k, top_k_in_ranges
 from selectsampler.scores.table import TRUSTED, Scores
 from selectsampler.validation import check_features
 
 __all__ = ["Options", "Problem", "Solved", "within_quotas", "within_shares"]
-
-STEEPEST, TRIES = 4.0, 8  # the highest power of the distance by which chances grow, and how often others are tried
-ENOUGH = 5e-3  # difference of mean distances, of which the mean of all is 1, that does not count
-WARY = 0.1  # of `risk`, for damaged images: intactness is less sure than trust, and intact images are plenty
 
 
 @dataclass(frozen=True)
@@ -105,86 +101,15 @@ def _by_method(problem: Problem, quotas: Tensor | None, options: Options) -> Sol
 
 
 def _drawn(problem: Problem, groups: Tensor | None, quotas: Tensor | None, options: Options) -> Solved:
-    trust = problem.of_eligible(problem.table.columns["trust"]).double()
-    ranges = {"groups": groups, "quotas": quotas}
-    drawn = _evened(problem, trust, options, ranges)
-    safest = top_k(trust, problem.budget, **ranges)
-    wrong = {name: float((1 - trust[rows]).mean()) for name, rows in (("of_safest", safest), ("expected", drawn.rows))}
-    details = {"risk": options.risk, **drawn.limits, "wrong_labels": wrong, "diversity": drawn.diversity}
-    return Solved(drawn.rows, problem.worth(drawn.rows), _exactly(problem, groups, quotas).objective, details)
+    lottery = _lottery(problem, options, groups=groups, quotas=quotas)
+    chosen = lottery.draw(options.seed)
+    return Solved(chosen, problem.worth(chosen), _exactly(problem, groups, quotas).objective, lottery.details())
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """What was drawn, from what, how far it lies from its neighbours, and which power of that chances grew with."""
-
-    rows: Tensor
-    limits: dict[str, Any]
-    diversity: dict[str, float]
-
-    @property
-    def power(self) -> float:
-        return self.diversity["power"]
-
-    @property
-    def missing(self) -> float:
-        return self.diversity["of_trusted"] - self.diversity["drawn"]
-
-
-def _evened(problem: Problem, trust: Tensor, options: Options, ranges: Mapping[str, Tensor | None]) -> _Draw:
-    """A draw whose samples lie as far from their neighbours, in the mean, as all that is trusted does.
-
-    What is safe lies closer, as it is the typical that is surely right. So a sample's chance grows with a power of its
-    distance, the least (up to `STEEPEST`) with which the means agree: 0 where all labels are right.
-    """
-
-    def by(power: float) -> _Draw:
-        lots = {**ranges, "weights": None if power == 0 else distance**power}
-        worth, limits = _worth(problem, trust, options.risk, lots)
-        rows = draw(worth, problem.budget, **lots, seed=options.seed)
-        found = distance[rows][apart[rows]].mean().nan_to_num()
-        return _Draw(rows, limits, {"of_trusted": float(wanted), "drawn": float(found), "power": power})
-
-    diversity = problem.of_eligible(problem.table.columns.get("trusted_diversity", torch.zeros_like(trust))).double()
-    apart = diversity > 0
-    distance = torch.where(apart, diversity / trust.clamp(min=1e-9), 1.0)  # trusted diversity is trust times distance
-    wanted = (diversity.sum() / trust[apart].sum()).nan_to_num()
-    with progress_bar("select", TRIES + 2, unit="draw", show=options.progress) as bar:
-        low = by(0.0)
-        bar.update()
-        if low.missing <= ENOUGH:
-            return low
-        high = by(STEEPEST)
-        bar.update()
-        for _ in range(TRIES):
-            if high.missing >= -ENOUGH:
-                break
-            share = high.missing / (high.missing - low.missing)  # regula falsi: where the straight line crosses zero
-            tried = by(high.power + share * (low.power - high.power))
-            low, high = (tried, high) if tried.missing > ENOUGH else (low, tried)
-            bar.update()
-    return high
-
-
-def _worth(problem: Problem, trust: Tensor, risk: float, lots: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """(n,), float64: 1 for all that is safe to draw, then the probability that label and image are right; and how.
-
-    Near-duplicates are no safer than what is barely trusted, so that they come last of the trusted.
-    """
-    columns, limit = problem.table.columns, safe_limit(trust, problem.budget, risk, **lots)
-    worth, safe, limits = trust.clone(), trust >= limit, {"safe_limit": limit}
-    if "intactness" in columns:
-        intact = problem.of_eligible(columns["intactness"])
-        half = float(intact.median())  # as `intactness` does not hold more than half of the images for damaged
-        limits["intact_limit"] = min(half, safe_limit(intact, problem.budget, WARY * risk, **lots))
-        safe &= intact.double() >= limits["intact_limit"]
-        worth *= intact
-    if "trusted_diversity" in columns:
-        repeated = problem.of_eligible(columns["trusted_diversity"]) == 0
-        worth[repeated] = worth[repeated].clamp(max=TRUSTED)
-        safe &= ~repeated
-    worth[safe] = 1.0
-    return worth, limits | {"safe": int(safe.sum())}
+def _lottery(problem: Problem, options: Options, **ranges: Tensor | None) -> Lottery:
+    asked = ("trust", "intactness", "trusted_diversity")
+    columns = {name: problem.of_eligible(values) for name, values in problem.table.columns.items() if name in asked}
+    return Lottery(columns, problem.budget, options.risk, **ranges, progress=options.progress)
 
 
 def _exactly(problem: Problem, groups: Tensor | None, quotas: Tensor | None) -> Solved:
@@ -254,11 +179,9 @@ def within_shares(
     best = problem.worth(chosen)
     if options.method == "exact":
         return Solved(chosen, best, best, details)
-    worth, _ = _worth(problem, problem.of_eligible(problem.table["trust"]).double(), options.risk, {})
-    order = torch.randperm(len(worth), generator=torch.Generator().manual_seed(options.seed))
-    counts = torch.bincount(
-        groups[order][top_k_in_ranges(worth[order], problem.budget, **ranges | {"groups": groups[order]})],
-        minlength=len(lowest),
-    )
+    utility = _lottery(problem, options).utility
+    order = torch.randperm(len(utility), generator=torch.Generator().manual_seed(options.seed))
+    within = top_k_in_ranges(utility[order], problem.budget, **ranges | {"groups": groups[order]})
+    counts = torch.bincount(groups[order][within], minlength=len(lowest))
     solved = _drawn(problem, groups, counts, options)
     return Solved(solved.chosen, solved.objective, best, details | solved.details)

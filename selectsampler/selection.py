@@ -240,10 +240,10 @@ def select(
             `straight_through`, the paper's gradient optimizer, cut to the exact size. `auto` is `draw` where the scores
             hold trust, without `score_weights`; else `exact`.
         risk: of method `draw`: how many more of the selected labels may be wrong, as a share and in expectation, than
-            in the safest selection under the same quotas (`safe_limit`); 0 is that selection, 1 takes any label. A
-            tenth of it is allowed for damaged images, and the more intact half is always safe. Where safe images or
-            distinct ones are too few, that can cost safe labels: what both come to stands in the provenance as
-            `wrong_labels`, and how far apart the drawn and the trusted lie as `diversity`.
+            in the safest selection of distinct images that do not look damaged, under the same quotas; 0 is that
+            selection, 1 takes any label. A tenth of it is allowed for damaged images, and the more intact half is
+            always safe. What the safest selection and the lot come to stands in the provenance as `wrong_labels`, and
+            as `diversity` how far the trusted and the drawn lie from their neighbours, and the power, at most 4.
         image_features: (N, D), of method `group`: the space to cover; by default that of the embeddings that were
             scored, which saved scores lack: then pass `embeddings.image`.
         coverage_weight: of method `group`: what it is worth to bring a trusted sample from nowhere to being kept.
@@ -320,7 +320,7 @@ def _hard_but_trusted(table: Scores, indices: Tensor) -> dict[str, Any]:
     for _, rows in rows_of_groups(labels):
         rows = rows[sure[rows]]
         if len(rows):
-            hard[rows] = margin[rows] <= margin[rows].float().quantile(0.25)
+            hard[rows] = margin[rows] <= margin[rows].kthvalue(-(-len(rows) // 4)).values
     return {"hard_but_trusted": {"there": int(hard.sum()), "kept": int(hard[indices].sum())}}
 
 

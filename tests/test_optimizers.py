@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selectsampler.optimizers import apportion, draw, safe_limit, straight_through, top_k
+from selectsampler.optimizers import apportion, chances, draw, safe_limit, straight_through, top_k
 
 
 def best_subset(values: list[float], k: int, groups: list[int], quotas: list[int]) -> list[int]:
@@ -125,6 +125,20 @@ def test_a_weighted_lot_draws_one_after_another_in_proportion_to_the_weights():
     for seed in range(rounds):
         drawn[draw(torch.zeros(4), 2, weights=torch.tensor(weights), seed=seed)] += 1
     assert ((drawn / rounds - expected).abs() < 4 * 0.5 / rounds**0.5).all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_chances_are_how_often_a_sample_is_drawn(weighted):
+    generator = torch.Generator().manual_seed(0)
+    utility = (3 * torch.rand(60, generator=generator)).floor()
+    weights = torch.rand(60, generator=generator) + 0.5 if weighted else None
+    options = {"weights": weights, "groups": torch.arange(60) % 2, "quotas": torch.tensor([5, 20])}
+    drawn = torch.zeros(60)
+    for seed in range(2000):
+        drawn[draw(utility, 25, **options, seed=seed)] += 1
+    expected = chances(utility, 25, **options)
+    assert expected.sum() == pytest.approx(25)
+    assert ((drawn / 2000 - expected).abs() < 0.05).all()
 
 
 @pytest.mark.parametrize("k", [20, 100, 180])

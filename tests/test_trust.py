@@ -86,18 +86,22 @@ def test_noise_that_follows_the_image_does_not_outweigh_the_prompts():
     assert expected_calibration_error(trust.probability, labels == truth) < 0.04
 
 
-@pytest.mark.parametrize(("kind", "counts"), [("asymmetric", True), ("of_the_unsure", False)])
+@pytest.mark.parametrize(("kind", "counts"), [("asymmetric", True), ("mixed", True), ("of_the_unsure", False)])
 def test_confusions_count_where_the_class_tells_what_an_image_is_mistaken_for(kind, counts, monkeypatch):
     images, text, truth = made_images(spread=1.0)
-    if kind == "asymmetric":
+    if kind != "of_the_unsure":
         labels = noisy("asymmetric", truth, images, rate=0.3)
-    else:  # whoever looks at other features mistakes an image for what it looks like there
+    if kind == "mixed":
+        labels = noisy("symmetric", labels, images, rate=0.2, seed=1)
+    if kind == "of_the_unsure":  # whoever looks at other features mistakes an image for what it looks like there
         observed = torch.cat([images[:, : DIM // 2], torch.zeros(len(images), DIM - DIM // 2)], dim=1)
         labels = noisy("instance", truth, observed, rate=0.2)
     auroc = {}
     for name, telling in (("as it is", module.TELLING), ("always", -1.0), ("never", math.inf)):
         monkeypatch.setattr(module, "TELLING", telling)
-        auroc[name] = roc_auc_score(labels == truth, label_trust(images, text, labels).probability)
+        trust = label_trust(images, text, labels)
+        auroc[name] = roc_auc_score(labels == truth, trust.probability)
+        assert trust.by_class is (counts if name == "as it is" else name == "always")
     assert auroc["as it is"] == auroc["always" if counts else "never"]
     assert auroc["as it is"] == max(auroc.values())
 

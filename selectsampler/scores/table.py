@@ -212,7 +212,7 @@ def score(
         made["semantic_alignment"] = _by_fold(semantic_alignment, adapted)
     if "sample_diversity" in columns:
         made["sample_diversity"] = _diversity(adapted.distance_features, source, k, progress=progress)
-    if "semantic_margin" in columns and len(source.class_names) > 1:
+    if "semantic_margin" in columns and _several_classes(source):
         made["semantic_margin"] = _by_fold(semantic_margin, adapted)
     if {"trust", "trusted_diversity"} & set(columns) and _several_classes(source):
         trust = _trust(source, seed, progress=progress)
@@ -327,6 +327,7 @@ def _described(trust: Trust, class_names: Sequence[str]) -> dict[str, Any]:
     """What was found of the labels, as JSON values."""
     return {
         "noise_rate": trust.noise_rate,
+        "by_class": trust.by_class,
         "class_noise": [None if share != share else share for share in trust.class_noise.tolist()],
         "transition": trust.transition.tolist() if len(class_names) <= 100 else None,
         "unknown": [class_names[number] for number in trust.unknown],

@@ -1,29 +1,23 @@
 """Of trust: how likely a sample of one class is labelled as another, and what follows from it for a label."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from selectsampler.scores.trust_heads import Data, Heads
 
-if TYPE_CHECKING:
-    from selectsampler.scores.trust_evidence import Evidence
-
 __all__ = [
     "anchored_transition",
     "even_transition",
     "given_labels",
     "likeliest",
-    "likeliest_transition",
     "of_label",
+    "without_chance",
 ]
 
 ANCHORS = 0.06  # of a class's mean size: its anchors, the samples that are surest to be of it
 STANDS_OUT = 3.0  # standard deviations by which a confusion exceeds the background before it counts as one of its own
-PASSES = 8  # of expectation and maximisation, for the last transition matrix
-ENOUGH = 20  # samples a class that it takes to tell one confusion from chance
 
 
 def even_transition(classes: int, rate: float) -> Tensor:
@@ -37,26 +31,10 @@ def anchored_transition(data: Data, heads: Heads) -> Tensor:
     pairs = torch.arange(data.classes, device=anchors.device) * data.classes + data.labels[anchors]
     counts = torch.bincount(pairs.flatten(), minlength=data.classes**2)  # of anchors of z labelled y
     counts = counts.view(data.classes, data.classes).float()
-    return _without_chance(counts, torch.zeros_like(counts))
+    return without_chance(counts, torch.zeros_like(counts))
 
 
-def likeliest_transition(data: Data, evidence: "Evidence", transition: Tensor) -> Tensor:
-    """(C, C): the transition matrix under which the labels are likeliest, the evidence for true classes being given.
-
-    Fitted to some samples in a few passes; where these are few a class, to all samples, in one.
-    """
-    few = len(evidence.some) < min(len(data), ENOUGH * data.classes)
-    for _ in range(1 if few else PASSES):
-        counts, variance = torch.zeros_like(transition), torch.zeros_like(transition)  # of samples of z labelled y
-        for logits, rows in evidence.in_blocks() if few else [(evidence.logits_of_some, evidence.some)]:
-            posterior = given_labels(logits, transition, data.labels[rows])
-            counts.index_add_(1, data.labels[rows], posterior.T)
-            variance.index_add_(1, data.labels[rows], (posterior * (1 - posterior)).T)
-        transition = _without_chance(counts, variance)
-    return transition
-
-
-def _without_chance(counts: Tensor, variance: Tensor) -> Tensor:
+def without_chance(counts: Tensor, variance: Tensor) -> Tensor:
     """(C, C), rows sum to 1: shares of counts, (C, C); off the diagonal, what does not stand out shares one rate."""
     own = torch.eye(len(counts), dtype=torch.bool, device=counts.device)
     sizes = counts.sum(dim=1, keepdim=True).clamp(min=1e-9).expand_as(counts)

@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from selectsampler.precision import fast_products
-from selectsampler.scores.transition import given_labels, likeliest
+from selectsampler.scores.transition import given_labels, likeliest, without_chance
 from selectsampler.scores.trust_heads import BLOCK, Data, Heads, drawn_rows
 
-__all__ = ["Evidence"]
+__all__ = ["Evidence", "likeliest_transition"]
 
+PASSES = 8  # of expectation and maximisation, for the last transition matrix
+ENOUGH = 20  # samples a class that it takes to tell one confusion from chance
 BY_CHANCE = 0.01  # a gain in hits over the prompts that says little
 REFERENCES, NEIGHBOURS, BANDWIDTH = 4096, 50, 0.1
 GROUP = 8  # references of which the most similar is looked at first
@@ -62,11 +64,16 @@ class Evidence:
         return float(1 - (self.logits_of_some.softmax(dim=1) @ transition.diagonal()).mean())
 
     def gain(self, transition: Tensor, even: Tensor) -> float:
-        """By how many log C nats a wrong label this transition matrix makes the labels likelier than an even one."""
+        """How much likelier one transition matrix makes the labels than an even one, where that is not for doubt.
+
+        In nats for each wrong label, over log C and the square of the doubt: how often two classes drawn from the
+        evidence for an image differ.
+        """
         posterior, labels = self.logits_of_some.softmax(dim=1), self.data.labels[self.some]
         likelihoods = [(posterior * matrix.T[labels]).sum(dim=1).clamp(min=1e-9).log() for matrix in (transition, even)]
         nats = float((likelihoods[0] - likelihoods[1]).mean())
-        return nats / max(self.noise_rate(transition) * math.log(self.data.classes), 1e-9)
+        doubt = float(1 - posterior.square().sum(dim=1).mean())
+        return nats / max(self.noise_rate(transition) * math.log(self.data.classes) * doubt**2, 1e-9)
 
     def logits(self, rows: Tensor) -> Tensor:
         """(b, C): log p(z | image) up to a constant, by what did not see the label."""
@@ -95,6 +102,22 @@ class Evidence:
         logits = logits.log_softmax(dim=1) + known
         logits[:, self.unknown] = unknown
         return logits
+
+
+def likeliest_transition(data: Data, evidence: Evidence, transition: Tensor) -> Tensor:
+    """(C, C): the transition matrix under which the labels are likeliest, the evidence for true classes being given.
+
+    Fitted to some samples in a few passes; where these are few a class, to all samples, in one.
+    """
+    few = len(evidence.some) < min(len(data), ENOUGH * data.classes)
+    for _ in range(1 if few else PASSES):
+        counts, variance = torch.zeros_like(transition), torch.zeros_like(transition)  # of samples of z labelled y
+        for logits, rows in evidence.in_blocks() if few else [(evidence.logits_of_some, evidence.some)]:
+            posterior = given_labels(logits, transition, data.labels[rows])
+            counts.index_add_(1, data.labels[rows], posterior.T)
+            variance.index_add_(1, data.labels[rows], (posterior * (1 - posterior)).T)
+        transition = without_chance(counts, variance)
+    return transition
 
 
 class Neighbours:
