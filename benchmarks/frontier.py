@@ -44,7 +44,9 @@ COVERAGE = 1.25  # its weight, for one of diversity: of 1, 1.25 and 1.5, on seed
 DIVERSE = 0.02  # a weight of diversity to show beside the default
 CURVES = {"trust": WEIGHTS, "oracle": WEIGHTS, "covering": COVERING_WEIGHTS}
 POINTS = tuple(f"{curve} {weight}" for curve, weights in CURVES.items() for weight in weights)
-NAMES = ("random", "the paper", "zero-shot", "ours", "presets.default", "presets.paper", *POINTS)
+SINGLE = ("random", "the paper", "zero-shot", "ours", "presets.default", "presets.paper")
+NAMES = (*SINGLE, *POINTS)
+PRINTED = (*SINGLE[:4], *(f"{curve} {DIVERSE}" for curve in CURVES), *SINGLE[4:])  # with the hard that stay
 Point = dict[str, float]
 
 
@@ -61,6 +63,8 @@ def main() -> None:
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
     made_with = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
     rows = {(row["noise"], row["kept"], row["seed"]): row for row in results["rows"]}
+    for row in rows.values():  # points of before lack the hard
+        row["points"] = {n: point for n, point in row["points"].items() if n not in PRINTED or "hard" in point}
     for seed in range(arguments.seeds):
         for spec in NOISES:
             found = {kept: rows.get((spec, kept, seed), {"points": {}}) for kept in KEPT}
@@ -272,8 +276,6 @@ def table(results: dict[str, Any]) -> str:
     for spec, kept in cells:
         points = [row["points"] for row in results["rows"] if (row["noise"], row["kept"]) == (spec, kept)]
         lines.append("| " + " | ".join([spec, f"{kept:.0%}", *at_equal_diversity(points)]) + " |")
-    names = ("random", "the paper", "zero-shot", "ours", *(f"{curve} {DIVERSE}" for curve in CURVES))
-    names += ("presets.default", "presets.paper")
     ratios = {
         spec: [r["certificate"] for r in results["rows"] if r["noise"] == spec and "certificate" in r]
         for spec in NOISES
@@ -285,13 +287,13 @@ def table(results: dict[str, Any]) -> str:
         "Noise in % / diversity / coverage / hard that stay in % (see benchmarks/frontier.py):",
         "",
     ]
-    lines += ["| noise | kept | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    lines += ["| noise | kept | " + " | ".join(PRINTED) + " |", "|---|---|" + "---|" * len(PRINTED)]
     for spec, kept in cells:
         points = [row["points"] for row in results["rows"] if (row["noise"], row["kept"]) == (spec, kept)]
         figures = [
             " / ".join(f"{np.mean([p[name][f] for p in points]):.2f}" for f in ("noise", "diversity", "coverage"))
             + f" / {np.mean([p[name]['hard'] for p in points]):.0f}"
-            for name in names
+            for name in PRINTED
         ]
         lines.append(f"| {spec} | {kept:.0%} | " + " | ".join(figures) + " |")
     return "\n".join(lines) + "\n"
@@ -314,7 +316,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             for curve, weights in CURVES.items():
                 names = [f"{curve} {weight}" for weight in weights]
                 axes.plot([mean(n, other) for n in names], [mean(n, "noise") for n in names], ".-", label=curve)
-            for name in ("the paper", "zero-shot", "ours", "presets.default", "presets.paper"):
+            for name in SINGLE[1:]:
                 axes.plot([mean(name, other)], [mean(name, "noise")], "o", label=name)
             axes.set_yscale("log")
             axes.set_xlabel(other)
