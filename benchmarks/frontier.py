@@ -46,7 +46,7 @@ CURVES = {"trust": WEIGHTS, "oracle": WEIGHTS, "covering": COVERING_WEIGHTS}
 POINTS = tuple(f"{curve} {weight}" for curve, weights in CURVES.items() for weight in weights)
 SINGLE = ("random", "the paper", "zero-shot", "ours", "presets.default", "presets.paper")
 NAMES = (*SINGLE, *POINTS)
-PRINTED = (*SINGLE[:4], *(f"{curve} {DIVERSE}" for curve in CURVES), *SINGLE[4:])  # with the hard that stay
+PRINTED = (*SINGLE[:4], *(f"{curve} {DIVERSE}" for curve in CURVES), *SINGLE[4:])
 Point = dict[str, float]
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     made_with = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
     rows = {(row["noise"], row["kept"], row["seed"]): row for row in results["rows"]}
     for row in rows.values():  # points of before lack the hard
-        row["points"] = {n: point for n, point in row["points"].items() if n not in PRINTED or "hard" in point}
+        row["points"] = {n: point for n, point in row["points"].items() if n not in SINGLE or "hard" in point}
     for seed in range(arguments.seeds):
         for spec in NOISES:
             found = {kept: rows.get((spec, kept, seed), {"points": {}}) for kept in KEPT}
@@ -284,7 +284,7 @@ def table(results: dict[str, Any]) -> str:
     lines[-1] += ", ".join(f"{spec} {interval(values, 3)}" for spec, values in ratios.items()) + "."
     lines += [
         "",
-        "Noise in % / diversity / coverage / hard that stay in % (see benchmarks/frontier.py):",
+        "Noise in % / diversity / coverage / (of single methods) hard that stay in %; see benchmarks/frontier.py:",
         "",
     ]
     lines += ["| noise | kept | " + " | ".join(PRINTED) + " |", "|---|---|" + "---|" * len(PRINTED)]
@@ -292,7 +292,7 @@ def table(results: dict[str, Any]) -> str:
         points = [row["points"] for row in results["rows"] if (row["noise"], row["kept"]) == (spec, kept)]
         figures = [
             " / ".join(f"{np.mean([p[name][f] for p in points]):.2f}" for f in ("noise", "diversity", "coverage"))
-            + f" / {np.mean([p[name]['hard'] for p in points]):.0f}"
+            + (f" / {np.mean([p[name]['hard'] for p in points]):.0f}" if name in SINGLE else "")
             for name in PRINTED
         ]
         lines.append(f"| {spec} | {kept:.0%} | " + " | ".join(figures) + " |")

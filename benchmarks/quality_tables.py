@@ -209,22 +209,25 @@ class Results:
         """Mean seconds of each stage over settings, ratios and seeds, at equal updates."""
         lines = [
             "Mean seconds of the stages at equal updates, each as if nothing was there yet; "
-            f"runs on {self.clocked} only.",
+            f"runs on {self.clocked}, but for methods that another is named for: their total is not to be compared.",
             "",
             "| method | " + " | ".join([*STAGES, "all"]) + " |",
             "|---|" + "---|" * (len(STAGES) + 1),
         ]
         for method in self.methods:
-            where = itertools.product(self.settings, [method], self.ratios, ["updates"])
-            rows = [row for each in where for row in self.timed(*each)]
+            where = list(itertools.product(self.settings, [method], self.ratios, ["updates"]))
+            name, rows = method, [row for each in where for row in self.timed(*each)]
+            if not rows and (others := [row for each in where for row in self.of(*each).values()]):
+                machine = others[-1]["machine"]
+                name, rows = f"{method} (on {machine})", [row for row in others if row["machine"] == machine]
             if rows:
                 took = [float(np.mean([row["seconds"].get(stage, 0.0) for row in rows])) for stage in STAGES]
-                lines.append(f"| {method} | " + " | ".join(f"{value:.2f}" for value in [*took, sum(took)]) + " |")
+                lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in [*took, sum(took)]) + " |")
         return lines
 
     def draw_by_ratio(self, path: Path) -> None:
         """Accuracy, with its interval, against the share kept, at equal updates, a panel a setting."""
-        figure, panels, colours = self._panels()
+        figure, panels, colours = self._panels(self.settings)
         for axes, setting in zip(panels, self.settings, strict=False):
             for method in self.methods:
                 points = [
@@ -242,8 +245,9 @@ class Results:
 
     def draw_by_time(self, path: Path) -> None:
         """Accuracy against seconds of everything from embedding and proxies to training, by one machine's clock."""
-        figure, panels, colours = self._panels()
-        for axes, setting in zip(panels, self.settings, strict=False):
+        settings = [setting for setting in self.settings if self._compares_times(setting)] or self.settings[:1]
+        figure, panels, colours = self._panels(settings)
+        for axes, setting in zip(panels, settings, strict=False):
             for method in self.methods:
                 for budget, marker in zip(BUDGETS, "o^", strict=True):
                     found = [rows for keep in self.ratios if (rows := self.timed(setting, method, keep, budget))]
@@ -258,18 +262,23 @@ class Results:
             axes.set_xlabel("seconds in all (circles: equal updates, triangles: equal epochs)")
         self._finish(figure, path)
 
-    def _panels(self) -> tuple[Any, Any, dict[str, Any]]:
+    def _compares_times(self, setting: str) -> bool:
+        """Whether the machine of the clock ran three methods or more."""
+        timed = [any(self.timed(setting, m, keep, b) for keep in self.ratios for b in BUDGETS) for m in self.methods]
+        return sum(timed) >= 3
+
+    def _panels(self, settings: Sequence[str]) -> tuple[Any, Any, dict[str, Any]]:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
 
-        columns = min(3, len(self.settings))
-        rows = -(-len(self.settings) // columns)
+        columns = min(3, len(settings))
+        rows = -(-len(settings) // columns)
         figure = Figure(figsize=(5.5 * columns + 1.5, 4 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes, setting in zip(panels, self.settings, strict=False):
+        for axes, setting in zip(panels, settings, strict=False):
             axes.set_title(setting)
             axes.set_ylabel("test accuracy, %")
-        for axes in panels[len(self.settings) :]:
+        for axes in panels[len(settings) :]:
             axes.set_axis_off()
         colours = {method: colormaps["tab20"](number % 20) for number, method in enumerate(self.methods)}
         return figure, panels, colours | {"ours": "black"}
