@@ -67,7 +67,7 @@ def _trusted_quotas(trust: Tensor, labels: Tensor, budget: int, available: Tenso
         warnings.warn(
             f"The budget is {budget}, but only {within} labels of distinct images are more likely right than wrong: "
             f"{budget - within} samples that are not trusted, or repeat another, are selected as well. Keep less.",
-            stacklevel=4,
+            stacklevel=5,
         )
         left = available - quotas
         quotas = quotas + apportion(left, budget - within, capacities=left)

@@ -1,6 +1,7 @@
 """The default way to select: by lot among what is safe, as diverse as what is trusted."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,23 @@ HALVINGS = 7  # on the way to a lower one
 CLOSE = 5e-3  # a difference of mean distances, of which the mean of all is 1, that does not count
 
 
+@dataclass(frozen=True)
+class Terms:
+    """By which a lot is drawn.
+
+    Args:
+        safe: (n,), bool: label and image are safe to draw.
+        weights: (n,), float64: of the chances, or None, all are alike.
+        distance: how far the drawn lie from their neighbours, in the mean and in expectation.
+        power: of its own distance by which a sample's chance grows.
+    """
+
+    safe: Tensor
+    weights: Tensor | None
+    distance: float
+    power: float
+
+
 class Lottery:
     """Who can be drawn, as label and image are safe, and by which weights.
 
@@ -29,9 +47,8 @@ class Lottery:
         progress: show a bar on a terminal if it takes longer than two seconds.
 
     Attributes:
+        terms: by which the lot is drawn.
         utility: (n,), float64: 2 for what is safe to draw, then the probability that label and image are right.
-        weights: (n,), float64, or None, by which to draw.
-        diversity: how far what is trusted and what is drawn lies from its neighbours, in the mean, and the power.
     """
 
     def __init__(
@@ -60,7 +77,9 @@ class Lottery:
         self.groups = groups[self.able]
         self.quotas = torch.minimum(quotas, torch.bincount(self.groups, minlength=len(quotas)))
         self.expected_wrong = ExpectedWrong(self.trust[self.able], self.groups, self.quotas)
-        self.utility, self.weights, self.diversity = self._evened_out(progress=progress)
+        self.wanted = self._mean_distance_of_trusted()
+        self.terms = self._evened_out(progress=progress)
+        self.utility = self._utility(self.terms.safe)
 
     def _leave_out_damaged(self, intact: Tensor) -> None:
         half = float(intact.median())  # as `intactness` does not hold more than half of the images for damaged
@@ -76,28 +95,29 @@ class Lottery:
         self.able &= ~repeated
         self.distance[~repeated] = (diversity / self.trust.clamp(min=1e-9))[~repeated]  # it is trust times distance
 
-    def _evened_out(self, *, progress: bool) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+    def _evened_out(self, *, progress: bool) -> Terms:
         """With the chances of whom the drawn lie as far from their neighbours, in the mean, as all that is trusted.
 
         What is safe lies closer, as it is the typical that is surely right. So a sample's chance grows with a power of
         its distance, the lowest with which the means agree, or `STEEPEST`: 0 where all labels are right.
         """
-        wanted = self._mean_distance_of_trusted()
         with progress_bar("select", HALVINGS + 2, unit="try", show=progress) as bar:
-            best = self._with_power(0.0)
+            even = self._with_power(0.0)
             bar.update()
+            if even.distance >= self.wanted - CLOSE:
+                return even
+            steepest = self._with_power(STEEPEST)
+            bar.update()
+            if steepest.distance <= self.wanted + CLOSE:
+                return steepest
             low, high = 0.0, STEEPEST
-            if best[2]["drawn"] < wanted - CLOSE:
-                best = self._with_power(high)
+            for _ in range(HALVINGS):
+                terms = self._with_power((low + high) / 2)
                 bar.update()
-                for _ in range(HALVINGS if best[2]["drawn"] > wanted + CLOSE else 0):
-                    best = self._with_power((low + high) / 2)
-                    bar.update()
-                    missing = wanted - best[2]["drawn"]
-                    if abs(missing) <= CLOSE:
-                        break
-                    low, high = (best[2]["power"], high) if missing > 0 else (low, best[2]["power"])
-        return best[0], best[1], {"of_trusted": wanted, **best[2]}
+                if abs(terms.distance - self.wanted) <= CLOSE:
+                    break
+                low, high = (terms.power, high) if terms.distance < self.wanted else (low, terms.power)
+        return terms
 
     def _mean_distance_of_trusted(self) -> float:
         """Of each group by trust, and of the groups by how many of them are drawn."""
@@ -106,31 +126,29 @@ class Lottery:
         means = (sums[0] / sums[1]).nan_to_num()
         return float((self.quotas * means).sum() / self.quotas.sum().clamp(min=1))
 
-    def _with_power(self, power: float) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+    def _with_power(self, power: float) -> Terms:
         weights = None if power == 0 else self.distance**power
         limit = self.expected_wrong.limit(self.risk, None if weights is None else weights[self.able])
         safe = self.able & (self.trust >= max(limit, self.lowest))
-        utility = self.rest.masked_fill(safe, 2.0)
-        chance = chances(utility, self.budget, weights=weights, **self.ranges)[self.able]
-        drawn = float((chance * self.distance[self.able]).sum() / chance.sum().clamp(min=1e-9))
-        return utility, weights, {"drawn": drawn, "power": power}
+        chance = chances(self._utility(safe), self.budget, weights=weights, **self.ranges)[self.able]
+        distance = float((chance * self.distance[self.able]).sum() / chance.sum().clamp(min=1e-9))
+        return Terms(safe, weights, distance, power)
+
+    def _utility(self, safe: Tensor) -> Tensor:
+        return self.rest.masked_fill(safe, 2.0)
 
     def draw(self, seed: int) -> Tensor:
         """The rows that are drawn, (budget,), int64, ascending."""
-        return draw(self.utility, self.budget, weights=self.weights, **self.ranges, seed=seed)
+        return draw(self.utility, self.budget, weights=self.terms.weights, **self.ranges, seed=seed)
 
     def details(self) -> dict[str, Any]:
         """What it comes to, as JSON values: limits, wrong labels in expectation, diversity."""
-        safe = self.utility == 2.0
+        safe = self.terms.safe
         safest = top_k(torch.where(safe, 1 + self.trust, self.rest), self.budget, **self.ranges)
-        chance = chances(self.utility, self.budget, weights=self.weights, **self.ranges)
+        chance = chances(self.utility, self.budget, weights=self.terms.weights, **self.ranges)
         expected = float((chance * (1 - self.trust)).sum()) / self.budget
         limits = self.limits | {"safe_limit": float(self.trust[safe].min()) if safe.any() else 1.0}
         wrong = {"of_safest": float((1 - self.trust[safest]).mean()), "expected": expected}
-        return {
-            "risk": self.risk,
-            **limits,
-            "safe": int(safe.sum()),
-            "wrong_labels": wrong,
-            "diversity": self.diversity,
-        }
+        diversity = {"of_trusted": self.wanted, "drawn": self.terms.distance, "power": self.terms.power}
+        counts = {"risk": self.risk, **limits, "safe": int(safe.sum())}
+        return counts | {"wrong_labels": wrong, "diversity": diversity}

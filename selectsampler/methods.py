@@ -1,5 +1,6 @@
 """The methods of select(): a problem in, what is chosen of it out, with objective, bound and how it came about."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -184,4 +185,11 @@ def within_shares(
     within = top_k_in_ranges(utility[order], problem.budget, **ranges | {"groups": groups[order]})
     counts = torch.bincount(groups[order][within], minlength=len(lowest))
     solved = _drawn(problem, groups, counts, options)
+    untrusted = int((problem.of_eligible(problem.table["trust"])[solved.chosen] < TRUSTED).sum())
+    if untrusted:
+        warnings.warn(
+            f"Within these shares {untrusted} of {problem.budget} selected samples are more likely wrong than right. "
+            "Keep less, or widen the shares.",
+            stacklevel=3,
+        )
     return Solved(solved.chosen, solved.objective, best, details | solved.details)

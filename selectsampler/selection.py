@@ -226,10 +226,10 @@ def select(
         count: a number of samples instead. Neither is needed where `balance` gives every quota.
         score_weights: name of a score -> its weight; `DEFAULT_WEIGHTS` where the scores hold trust, else
             `PAPER_WEIGHTS`. Not with `draw`, which asks for trust and intactness only.
-        balance: `trusted`: every class gets its share of the budget by its sum of trust, and none is asked for more
-            than it has trusted samples; `given`: its share as labelled, by largest remainder; {class name or number:
-            quota}, summing to the budget; None: no quotas. `auto` is `trusted` where the scores hold trust and labels,
-            else None.
+        balance: `trusted`: every class gets its share of the budget by its sum of trust (however many of its images
+            are damaged), and none is asked for more than it has trusted samples; `given`: its share as labelled, by
+            largest remainder; {class name or number: quota}, summing to the budget; None: no quotas. `auto` is
+            `trusted` where the scores hold trust and labels, else None.
         groups: (N,), int64, from 0: any other groups (class x attribute, say), with `shares`, instead of `balance`.
         shares: {group: (lowest, highest)}: which share of the selection a group is to have, in [0, 1]; others are free.
             What each range costs in objective stands in the provenance as `prices`.

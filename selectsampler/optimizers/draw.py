@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from selectsampler.optimizers.exact import top_k
-from selectsampler.validation import check_vector
+from selectsampler.validation import check_labels, check_vector
 
 __all__ = ["ExpectedWrong", "chances", "draw", "safe_limit"]
 
@@ -68,8 +68,14 @@ def chances(
 
     Returns:
         (N,), float64, summing to k.
+
+    Raises:
+        ValueError: as `draw`.
     """
+    check_vector(utility, name="utility")
     groups, quotas = _one_group(groups, quotas, len(utility), k)
+    if k == 0:
+        return torch.zeros(len(utility), dtype=torch.float64)
     values = utility.detach().cpu().double()
     order = values.argsort(descending=True)
     order = order[groups[order].argsort(stable=True)]
@@ -111,7 +117,7 @@ def safe_limit(
         weights, groups, quotas: as of `draw`. None: all are alike, all are one group.
 
     Raises:
-        ValueError: if risk lies outside [0, 1], a probability outside [0, 1], or a weight is not positive.
+        ValueError: if risk or a probability lies outside [0, 1], or as `draw`.
     """
     if not 0 <= risk <= 1:
         raise ValueError(f"risk is {risk}, but it must be a share in [0, 1].")
@@ -189,10 +195,19 @@ def _chances(weights: Tensor, groups: Tensor, quotas: Tensor) -> Tensor:
 
 
 def _one_group(groups: Tensor | None, quotas: Tensor | None, samples: int, k: int) -> tuple[Tensor, Tensor]:
-    """Groups and quotas on the CPU; without any, all are one group."""
+    """Groups and quotas on the CPU, checked; without any, all are one group."""
+    if not 0 <= k <= samples:
+        raise ValueError(f"k is {k}, but it must lie between 0 and the {samples} samples.")
+    if (groups is None) != (quotas is None):
+        raise ValueError("groups and quotas go together.")
     if groups is None or quotas is None:
         return torch.zeros(samples, dtype=torch.int64), torch.tensor([k])
-    return groups.cpu(), quotas.cpu()
+    groups, quotas = groups.cpu(), quotas.cpu()
+    check_labels(groups, samples=samples, classes=len(quotas))
+    sizes = torch.bincount(groups, minlength=len(quotas))
+    if int(quotas.sum()) != k or bool((quotas > sizes).any()) or bool((quotas < 0).any()):
+        raise ValueError(f"quotas must sum to k = {k}, with none below 0 or above its group's size.")
+    return groups, quotas
 
 
 def _checked(weights: Tensor, samples: int) -> Tensor:

@@ -17,7 +17,10 @@ __all__ = [
 ]
 
 ANCHORS = 0.06  # of a class's mean size: its anchors, the samples that are surest to be of it
-STANDS_OUT = 3.0  # standard deviations by which a confusion exceeds the background before it counts as one of its own
+EXCESS = 1.5  # times the background that a confusion must come to, and by
+STANDS_OUT = 3.0  # standard deviations more, before it counts as one of its own
+SETTLED = 6  # rounds after which it is settled which do
+MOST_WRONG = 0.95  # share of a class's labels that may be wrong
 
 
 def even_transition(classes: int, rate: float) -> Tensor:
@@ -39,13 +42,13 @@ def without_chance(counts: Tensor, variance: Tensor) -> Tensor:
     own = torch.eye(len(counts), dtype=torch.bool, device=counts.device)
     sizes = counts.sum(dim=1, keepdim=True).clamp(min=1e-9).expand_as(counts)
     apart = torch.zeros_like(own)
-    for _ in range(6):  # the background is what does not stand out from it
+    for _ in range(SETTLED):  # the background is what does not stand out from it
         rest = ~(apart | own)
         background = counts[rest].sum() / sizes[rest].sum().clamp(min=1e-9)
         expected = background * sizes
-        apart = (counts > 1.5 * expected + STANDS_OUT * (expected + variance + 0.5).sqrt()) & ~own
+        apart = (counts > EXCESS * expected + STANDS_OUT * (expected + variance + 0.5).sqrt()) & ~own
     wrong = torch.where(apart, counts / sizes, background).masked_fill(own, 0)
-    wrong = wrong / (wrong.sum(dim=1, keepdim=True) / 0.95).clamp(min=1)
+    wrong = wrong / (wrong.sum(dim=1, keepdim=True) / MOST_WRONG).clamp(min=1)
     return wrong + torch.diag(1 - wrong.sum(dim=1))
 
 
@@ -85,4 +88,5 @@ def given_labels(logits: Tensor, transition: Tensor, labels: Tensor) -> Tensor:
 
 
 def of_label(posterior: Tensor, labels: Tensor) -> Tensor:
+    """(b,): the posterior of the class that is the label."""
     return posterior.gather(1, labels[:, None])[:, 0]
