@@ -164,6 +164,25 @@ def test_with_weights_as_many_are_safe_as_leave_the_risk_on_average_over_draws(k
     assert alike == safe_limit(probability, k, 0.1, **even)
 
 
+@pytest.mark.parametrize(
+    ("k", "more", "message"),
+    [
+        (4, {}, "k is 4, but it must lie between 0 and the 3 samples"),
+        (1, {"groups": torch.zeros(3, dtype=torch.int64)}, "go together"),
+        (2, {"groups": torch.tensor([0, 0, 1]), "quotas": torch.tensor([0, 2])}, "above its group's size"),
+        (1, {"groups": torch.tensor([0, 0, 1]), "quotas": torch.tensor([1, 1])}, "sum to k = 1"),
+    ],
+)
+def test_chances_and_limits_are_refused_for_what_cannot_be_drawn(k, more, message):
+    with pytest.raises(ValueError, match=message):
+        chances(torch.zeros(3), k, **more)
+    with pytest.raises(ValueError, match=message):
+        safe_limit(torch.ones(3), k, 0.1, **more)
+    assert chances(torch.zeros(3), 0).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="utility"):
+        chances(torch.tensor([0.0, torch.nan]), 1)
+
+
 def test_a_weight_that_is_not_positive_is_named():
     for call in (lambda weights: draw(torch.zeros(2), 1, weights=weights),
                  lambda weights: safe_limit(torch.ones(2), 1, 0.1, weights=weights)):  # fmt: skip

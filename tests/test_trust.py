@@ -281,6 +281,14 @@ def test_within_shares_the_lot_decides_as_well():
     assert drawn[0].objective <= drawn[0].bound == best.objective
 
 
+def test_shares_that_only_doubtful_labels_can_fill_are_met_with_a_warning():
+    trust = torch.tensor([0.9] * 50 + [0.2] * 50)
+    scores = scores_with_trust(trust.tolist(), [0] * 100)
+    groups = torch.arange(100) // 50
+    with pytest.warns(UserWarning, match="20 of 40 selected samples are more likely wrong than right"):
+        select(scores, 0.4, method="draw", groups=groups, shares={1: (0.5, 0.5)})
+
+
 def test_of_the_surest_labels_the_quarter_with_the_lowest_margin_is_counted():
     trust = torch.tensor([1.0] * 80 + [0.3] * 320)
     margin = torch.cat([torch.linspace(-0.1, 0.5, 80), torch.linspace(-0.5, -0.2, 320)])
