@@ -127,7 +127,7 @@ class Lottery:
         return float((self.quotas * means).sum() / self.quotas.sum().clamp(min=1))
 
     def _with_power(self, power: float) -> Terms:
-        weights = None if power == 0 else self.distance**power
+        weights = None if power == 0 else (self.distance**power).clamp(min=1e-30)
         limit = self.expected_wrong.limit(self.risk, None if weights is None else weights[self.able])
         safe = self.able & (self.trust >= max(limit, self.lowest))
         chance = chances(self._utility(safe), self.budget, weights=weights, **self.ranges)[self.able]
