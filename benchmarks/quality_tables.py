@@ -209,7 +209,7 @@ class Results:
         """Mean seconds of each stage over settings, ratios and seeds, at equal updates."""
         lines = [
             "Mean seconds of the stages at equal updates, each as if nothing was there yet; "
-            f"runs on {self.clocked}, but for methods that another is named for: their total is not to be compared.",
+            f"runs on {self.clocked} only.",
             "",
             "| method | " + " | ".join([*STAGES, "all"]) + " |",
             "|---|" + "---|" * (len(STAGES) + 1),
@@ -223,6 +223,8 @@ class Results:
             if rows:
                 took = [float(np.mean([row["seconds"].get(stage, 0.0) for row in rows])) for stage in STAGES]
                 lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in [*took, sum(took)]) + " |")
+        if any(" (on " in line for line in lines):
+            lines[0] += " Methods that another machine is named for ran on that one alone: not to be compared."
         return lines
 
     def draw_by_ratio(self, path: Path) -> None:

@@ -190,6 +190,10 @@ def test_seconds_are_those_of_the_machine_that_most_methods_were_run_on():
     assert "runs on fast, 1 thread(s), float32 only." in results.costs()[0]
     assert [line.split("|")[-2].strip() for line in results.costs()[4:]] == ["2.00", "2.00"]
     assert "fast, 1 thread(s), float32 (all methods); slow, 1 thread(s), float32 (random)" in results.page("made")
+    rows += [row("paper", 0.9) | {"made_with": 0, "seconds": {"train": 9.0}}]
+    costs = Results(rows, list(quality.METHODS), made_with).costs()
+    assert "not to be compared" in costs[0]
+    assert "| paper (on slow, 1 thread(s), float32) |" in " ".join(costs)
 
 
 def test_training_on_all_of_a_clean_data_set_is_no_competitor_and_stands_for_rs2():
