@@ -12,8 +12,8 @@ gets whose images are damaged in ways that were thought of. For ways that were n
 learning the twins of a kind's own family, or of all four families that resemble `other`.
 
 Damage is done to decoded images. Those of the committed results are JPEGs with colours at half resolution, and part of
-what is found is that the traces of that are gone: damaged and then stored again in the same way, more stay
-(docs/quality.md).
+what is found is that the traces of that are gone. `--stored-again 75` stores the damaged images as JPEG of that quality
+after the damage, as a camera or who publishes them does.
 
 Which families there are, how they are drawn and how the network is trained was chosen by what stays of `paper` (its
 figures are somewhat too good), and by what stays of images damaged by the families themselves, with and without their
@@ -27,6 +27,7 @@ committed results were made with was pretrained on the others.
 """
 
 import argparse
+import io
 import json
 import platform
 import time
@@ -72,6 +73,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[3, 4], help="none that chose anything (%(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--per-class", type=int, default=2500, help="images a class, of the pool (%(default)s)")
+    parser.add_argument(
+        "--stored-again", type=int, metavar="QUALITY", help="damaged images are JPEGs (they are pixels)"
+    )
     arguments = parser.parse_args()
     rows = []
     for kinds in arguments.kinds:
@@ -82,6 +86,7 @@ def main() -> None:
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     results = {
         "images": 10 * arguments.per_class,
+        "stored_again": arguments.stored_again,
         "versions": versions,
         "machine": machine,
         "milliseconds_an_image": cost(arguments),
@@ -97,7 +102,13 @@ def measure(arguments: argparse.Namespace, kinds: str, seed: int) -> dict[str, A
     """What half of the images, the most intact, still holds of every kind, and what is flagged."""
     pool = image_pool(arguments)
     dataset, damage, labels = damaged_pool(pool, kinds, seed)
-    seen = look([dataset[row][0].convert("RGB") for row in range(len(dataset))])
+    images = [dataset[row][0].convert("RGB") for row in range(len(dataset))]
+    if arguments.stored_again is not None:
+        images = [
+            image if kind is None else stored_again(image, arguments.stored_again)
+            for image, kind in zip(images, damage, strict=True)
+        ]
+    seen = look(images)
     start = time.perf_counter()
     intact = intactness(*seen, seed=seed)
     row = {"kinds": kinds, "seed": seed, "intactness_seconds": time.perf_counter() - start}
@@ -109,6 +120,13 @@ def measure(arguments: argparse.Namespace, kinds: str, seed: int) -> dict[str, A
             kind: stays(without([RESEMBLES[kind]], seen, seed), damage)[kind] for kind in OTHER_KINDS
         }
     return row
+
+
+def stored_again(image: Image.Image, quality: int) -> Image.Image:
+    """The image after it was stored as JPEG, as Pillow does it unless told otherwise."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
 
 
 def look(images: Sequence[Image.Image]) -> Seen:
@@ -192,8 +210,11 @@ def stays(value: torch.Tensor, damage: np.ndarray) -> dict[str, float]:
 
 def table(results: dict[str, Any]) -> str:
     """The rows as tables: mean over the seeds, and the worst seed in brackets."""
+    quality = results.get("stored_again")
+    stored = "" if quality is None else f" and then stored as JPEG of quality {quality}"
     lines = [
-        f"{results['images']:,} images, a fifth of them damaged; percent of each kind, mean of the seeds (worst seed).",
+        f"{results['images']:,} images, a fifth of them damaged{stored}; percent of each kind, mean of the seeds "
+        "(worst seed).",
         "",
         "| damage | stays | flagged (intactness < 0.5) |",
         "|---|---|---|",

@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from selectsampler.distributed import from_rank_zero, has_group, process_count, process_rank
 from selectsampler.order import EpochOrder
 from selectsampler.selection import Selection
+from selectsampler.validation import check_seed, resolve_budget
 
 __all__ = ["SelectSampler", "with_sampler"]
 
@@ -60,8 +61,7 @@ class SelectSampler(DistributedSampler[int]):
     ) -> None:
         if (num_replicas is None) != (rank is None):
             raise ValueError("num_replicas and rank go together: give both, or neither.")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}, but it must not be negative.")
+        check_seed(seed)
         if epoch_size is not None and epoch_size < 1:
             raise ValueError(f"epoch_size is {epoch_size}, but an epoch has at least one sample.")
         self.indices_only = not isinstance(selection, Selection)
@@ -139,10 +139,10 @@ class SelectSampler(DistributedSampler[int]):
         from selectsampler.embeddings import embed as embed_dataset
         from selectsampler.scores import score
         from selectsampler.selection import select
-        from selectsampler.validation import resolve_budget
 
         inspect.signature(cls).bind([0], seed=seed, **options)
-        resolve_budget(keep, count, len(dataset))  # a wrong budget fails here, not after an hour of embedding
+        check_seed(seed)
+        resolve_budget(keep, count, len(dataset))  # what is wrong fails here, not after an hour of embedding
         steps = presets.default if preset is None else preset
         arguments = {"class_names": class_names, "labels": labels, "cache_dir": cache_dir, "progress": progress}
         embeddings = embed_dataset(dataset, clip, **arguments, **(embed or {}))

@@ -15,7 +15,7 @@ from selectsampler.grouping import rows_of_groups
 from selectsampler.methods import Options, Problem, within_quotas, within_shares
 from selectsampler.scores.table import Scores
 from selectsampler.store import FORMAT, bytes_of, pack_strings, read_tensors, unpack_strings, write_tensors
-from selectsampler.validation import as_indices, check_vector, is_ascending, resolve_budget
+from selectsampler.validation import as_indices, check_seed, check_vector, is_ascending, resolve_budget
 
 __all__ = ["DEFAULT_WEIGHTS", "PAPER_WEIGHTS", "Selection", "select"]
 
@@ -251,8 +251,8 @@ def select(
         progress: show a bar on a terminal if it takes longer than two seconds.
 
     Raises:
-        ValueError: for a keep outside (0, 1], a budget above the eligible samples, quotas or shares that do not fit, or
-            an unknown score or method.
+        ValueError: for a keep outside (0, 1], a budget above the eligible samples, quotas or shares that do not fit, an
+            unknown score or method, or a seed that is no whole number from 0 on.
     """
     if not isinstance(scores, (Scores, Tensor)):
         raise ValueError(f"select takes Scores or a tensor, not a {type(scores).__name__}: call score() first.")
@@ -262,6 +262,7 @@ def select(
     budget = resolve_budget(keep, count, len(table))
     if not isinstance(risk, (int, float)) or not 0 <= risk <= 1:
         raise ValueError(f"risk is {risk!r}, but it must be a share in [0, 1].")
+    check_seed(seed)
     if method == "auto":
         method = "draw" if "trust" in table.columns and score_weights is None else "exact"
     if method == "draw" and "trust" not in table.columns:

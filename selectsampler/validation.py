@@ -14,6 +14,7 @@ __all__ = [
     "check_features",
     "check_labels",
     "check_mask",
+    "check_seed",
     "check_vector",
     "is_ascending",
     "resolve_budget",
@@ -59,6 +60,12 @@ def check_labels(labels: Tensor, *, samples: int, classes: int | None = None) ->
             f"labels[{row}] is {int(labels[row])}, but classes are numbered {range_} ({int(outside.sum())} labels "
             "lie outside). Drop unlabelled samples, or name every class."
         )
+
+
+def check_seed(seed: int) -> None:
+    """A seed is a whole number from 0 on."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed is {seed!r}, but it must be a whole number from 0 on.")
 
 
 def check_vector(values: Tensor, *, name: str, samples: int | None = None) -> None:

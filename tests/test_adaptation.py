@@ -326,6 +326,7 @@ def test_what_is_not_given_is_the_methods_own(method):
         ({"robustness": math.nan}, "robustness is nan"),
         ({"shrinkage": -1.0}, r"shrinkage is -1\.0"),
         ({"shrinkage": math.inf}, "shrinkage is inf"),
+        ({"seed": 0.5}, r"seed is 0\.5"),
     ],
 )
 def test_arguments_out_of_range_are_named(arguments, message):

@@ -535,6 +535,7 @@ def test_it_has_no_attribute_that_accelerate_would_fill():
         ({"rank": 0}, "num_replicas and rank go together"),
         ({"num_replicas": 2, "rank": 2}, "rank 2"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 1.5}, r"seed is 1\.5, but it must be a whole number from 0 on"),
         ({"epoch_size": 0}, "epoch_size is 0"),
     ],
 )
@@ -557,7 +558,10 @@ def test_a_sampler_from_a_data_set_selects_step_by_step(monkeypatch):
     )
 
 
-def test_a_budget_that_makes_no_sense_stops_before_anything_is_embedded(monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"keep": 1.5}, r"keep is 1\.5"), ({"keep": 0.5, "seed": -1}, "seed is -1")]
+)
+def test_what_makes_no_sense_stops_before_anything_is_embedded(monkeypatch, arguments, message):
     monkeypatch.setattr("selectsampler.embeddings.embed", lambda *_, **__: pytest.fail("this takes an hour"))
-    with pytest.raises(ValueError, match=r"keep is 1\.5"):
-        SelectSampler.from_dataset(Numbers(40), keep=1.5, clip="tiny", class_names=["a", "b"])
+    with pytest.raises(ValueError, match=message):
+        SelectSampler.from_dataset(Numbers(40), clip="tiny", class_names=["a", "b"], **arguments)

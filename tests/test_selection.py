@@ -169,6 +169,7 @@ def test_what_made_a_selection_stands_in_its_provenance_as_json(balance):
         (torch.rand(9), {"score_weights": WEIGHTS}, "score_weights go with Scores"),
         (torch.tensor([0.1, math.nan, 0.3]), {}, r"'utility'\[1\] is nan"),
         (torch.arange(9), {}, "must be a floating point tensor"),
+        (torch.rand(9), {"seed": 1.5}, r"seed is 1\.5, but it must be a whole number from 0 on"),
         (torch.rand(9), {"balance": "given"}, "balance needs labels"),
         (some_scores(), {"balance": {0: 20}}, "balance needs labels"),
         (some_scores(labels=torch.arange(40) % 2), {"balance": "fair"}, "balance is 'fair'"),

@@ -172,6 +172,7 @@ def test_a_label_is_judged_by_heads_that_never_saw_it():
         ({"image_features": torch.zeros(4, DIM)}, "zero"),
         ({"text_features": torch.eye(3, DIM).index_fill(0, torch.tensor([1]), 0.0)}, r"text_features\[1\] is zero"),
         ({"folds": 2.5}, r"folds is 2.5, but it must be a whole number"),
+        ({"seed": -1}, "seed is -1"),
         ({"class_names": ["a"]}, "There are 1 class names, but text_features names"),
     ],
 )
