@@ -238,6 +238,27 @@ def selection(options: argparse.Namespace) -> Result:
     return {"tasks": rows, "floor": "reading it once", "criteria": criteria}
 
 
+def lot(options: argparse.Namespace) -> Result:
+    """The default way to select, quotas by trust, beside the exact optimum of the same scores."""
+    samples, classes = options.samples or 1_281_167, 1000
+    generator = torch.Generator().manual_seed(0)
+    wrong = torch.rand(samples, generator=generator) < 0.2
+    trust, intactness = (torch.rand(samples, generator=generator) ** 0.05 for _ in range(2))  # most of them near 1
+    trust = torch.where(wrong, 1 - trust, trust)
+    diversity = trust * torch.rand(samples, generator=generator)
+    columns = {"trust": trust, "intactness": intactness, "trusted_diversity": diversity}
+    labels = torch.randint(classes, (samples,), generator=generator)
+    scores = ss.Scores(columns, labels=labels, class_names=[str(number) for number in range(classes)])
+    rows = take_turns(
+        {
+            "selectsampler": lambda: ss.select(scores, 0.5, progress=False),
+            "selectsampler, method exact": lambda: ss.select(scores, 0.5, method="exact", progress=False),
+        },
+        options.repeats,
+    )
+    return {"tasks": rows, "criteria": [wanted("MiB beyond scores", rows["selectsampler"]["extra_mib"], 300)]}
+
+
 def sampler(options: argparse.Namespace) -> Result:
     from torch.utils.data import DistributedSampler, RandomSampler
 
@@ -542,6 +563,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], Result]] = {
     "floors": floors,
     "diversity": diversity,
     "selection": selection,
+    "lot": lot,
     "sampler": sampler,
     "embedding": embedding,
     "adaptation": adaptation,
