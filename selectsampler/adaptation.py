@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from selectsampler.embeddings.features import Embeddings
 from selectsampler.precision import fast_products, full_precision
 from selectsampler.progress import progress_bar
-from selectsampler.validation import check_seed
+from selectsampler.validation import as_seed
 
 __all__ = ["Adapted", "adapt", "info_nce_loss", "prompt_loss"]
 
@@ -145,7 +145,7 @@ def adapt(
     for name, number, least in (("batch_size", batch_size, 2), ("steps", steps, 1), ("folds", folds, 1)):
         if number is not None and (number != int(number) or number < least):
             raise ValueError(f"{name} is {number}, but it must be a whole number, at least {least}.")
-    check_seed(seed)
+    seed = as_seed(seed)
     if method == "none":
         return _identity(embeddings)
     given = {"steps": steps, "batch_size": batch_size, "shrinkage": shrinkage}

@@ -46,22 +46,23 @@ def class_quotas(table: Scores, balance: str | Quotas | None, budget: int, eligi
     if balance == "given":
         return apportion(torch.bincount(labels, minlength=classes), budget, capacities=available)
     if balance == "trusted":
-        trust = table["trust"].cpu()
-        if "trusted_diversity" in table.columns:  # near-duplicates are trusted once
+        trust, repeated = table["trust"].cpu(), torch.zeros(len(table), dtype=torch.bool)
+        if "trusted_diversity" in table.columns:
             repeated = (table["trusted_diversity"].cpu() == 0) & (trust >= TRUSTED)
-            trust = trust.masked_fill(repeated, 0.0)
-        return _trusted_quotas(trust if eligible is None else trust[eligible], own, budget, available)
+        if eligible is not None:
+            trust, repeated = trust[eligible], repeated[eligible]
+        return _trusted_quotas(trust, repeated, own, budget, classes)
     raise ValueError(f"balance is {balance!r}, but it must be 'auto', 'trusted', 'given', None or {{class: quota}}.")
 
 
-def _trusted_quotas(trust: Tensor, labels: Tensor, budget: int, available: Tensor) -> Tensor:
-    """Quotas in proportion to the sum of trust, first of trusted samples, then of what else there is."""
-    sums = torch.zeros(len(available), dtype=torch.float64)
-    trusted = torch.zeros_like(available)
-    for some, own in zip(trust.split(BLOCK), labels.split(BLOCK), strict=True):
-        sums.index_add_(0, own, some.double())
-        trusted += torch.bincount(own[some >= TRUSTED], minlength=len(available))
-    within = min(budget, int(trusted[sums > 0].sum()))
+def _trusted_quotas(trust: Tensor, repeated: Tensor, labels: Tensor, budget: int, classes: int) -> Tensor:
+    """Quotas in proportion to the sum of trust, first of trusted samples, near-duplicates once, then of the rest."""
+    sums = torch.zeros(classes, dtype=torch.float64)
+    distinct = (trust >= TRUSTED) & ~repeated
+    for some, own, again in zip(trust.split(BLOCK), labels.split(BLOCK), repeated.split(BLOCK), strict=True):
+        sums.index_add_(0, own, some.double().masked_fill(again, 0.0))
+    trusted = torch.bincount(labels[distinct], minlength=classes)
+    within = min(budget, int(trusted.sum()))
     quotas = apportion(sums, within, capacities=trusted) if within else torch.zeros_like(trusted)
     if within < budget:
         warnings.warn(
@@ -69,9 +70,15 @@ def _trusted_quotas(trust: Tensor, labels: Tensor, budget: int, available: Tenso
             f"{budget - within} samples that are not trusted, or repeat another, are selected as well. Keep less.",
             stacklevel=5,
         )
-        left = available - quotas
-        quotas = quotas + apportion(left, budget - within, capacities=left)
+        quotas = quotas + _most_trusted(trust[~distinct], labels[~distinct], budget - within, classes)
     return quotas
+
+
+def _most_trusted(trust: Tensor, labels: Tensor, count: int, classes: int) -> Tensor:
+    """(C,), int64: how many of the `count` samples of the highest trust are of each class; equals are apportioned."""
+    lowest = trust.sort(descending=True).values[count - 1]
+    above, level = (torch.bincount(labels[rows], minlength=classes) for rows in (trust > lowest, trust == lowest))
+    return above + apportion(level, count - int(above.sum()), capacities=level)
 
 
 def _named_quotas(balance: Quotas, budget: int, available: Tensor, names: list[str]) -> Tensor:
@@ -116,7 +123,7 @@ def share_ranges(groups: Tensor, shares: Shares, budget: int, samples: int) -> t
         try:
             low, high = share
             least, most = Fraction(str(low)), Fraction(str(high))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, ZeroDivisionError):
             raise ValueError(f"shares[{group}] is {share!r}, but it must be a pair: (lowest, highest).") from None
         if not 0 <= least <= most <= 1:
             raise ValueError(f"shares[{group}] is ({low}, {high}), but it must be a range within [0, 1].")

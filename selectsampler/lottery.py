@@ -89,9 +89,10 @@ class Lottery:
         self.rest *= intact
 
     def _leave_out_repeats(self, diversity: Tensor) -> None:
-        """Near-duplicates are no safer than what is barely trusted, so that they come last of the trusted."""
+        """Near-duplicates are no safer than what is barely trusted, so that they come last of the trusted, in order."""
         repeated = diversity <= 0  # or not trusted
-        self.rest[repeated] = self.rest[repeated].clamp(max=TRUSTED)
+        beyond = (self.rest - TRUSTED).clamp(min=0) * repeated
+        self.rest -= (1 - 1e-6) * beyond
         self.able &= ~repeated
         self.distance[~repeated] = (diversity / self.trust.clamp(min=1e-9))[~repeated]  # it is trust times distance
 

@@ -139,7 +139,7 @@ def _as_group(problem: Problem, quotas: Tensor | None, options: Options) -> Solv
     image_features = table.image_features if options.image_features is None else options.image_features
     if image_features is None:
         raise ValueError(
-            "method='group' covers the space of the images, which saved scores do not hold: pass "
+            "method='group' covers the space of the images, which neither saved scores nor a tensor hold: pass "
             "image_features=embeddings.image, or method='exact' to do without coverage."
         )
     check_features(image_features, name="image_features", rows=len(table))
@@ -174,7 +174,7 @@ def within_shares(
     groups = problem.of_eligible(groups)
     ranges = {"groups": groups, "lowest": lowest, "highest": highest}
     chosen = top_k_in_ranges(problem.utility, problem.budget, **ranges)
-    price = prices(problem.utility, problem.budget, **ranges)
+    price = prices(problem.utility, problem.budget, **ranges, of=[int(group) for group in shares])
     details: dict[str, Any] = {"shares": {str(group): [str(low), str(high)] for group, (low, high) in shares.items()}}
     details["prices"] = {str(g): float(price[g]) for g in shares}
     best = problem.worth(chosen)

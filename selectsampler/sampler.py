@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from selectsampler.distributed import from_rank_zero, has_group, process_count, process_rank
 from selectsampler.order import EpochOrder
 from selectsampler.selection import Selection
-from selectsampler.validation import check_seed, resolve_budget
+from selectsampler.validation import as_seed, resolve_budget
 
 __all__ = ["SelectSampler", "with_sampler"]
 
@@ -61,7 +61,7 @@ class SelectSampler(DistributedSampler[int]):
     ) -> None:
         if (num_replicas is None) != (rank is None):
             raise ValueError("num_replicas and rank go together: give both, or neither.")
-        check_seed(seed)
+        seed = as_seed(seed)
         if epoch_size is not None and epoch_size < 1:
             raise ValueError(f"epoch_size is {epoch_size}, but an epoch has at least one sample.")
         self.indices_only = not isinstance(selection, Selection)
@@ -141,7 +141,7 @@ class SelectSampler(DistributedSampler[int]):
         from selectsampler.selection import select
 
         inspect.signature(cls).bind([0], seed=seed, **options)
-        check_seed(seed)
+        seed = as_seed(seed)
         resolve_budget(keep, count, len(dataset))  # what is wrong fails here, not after an hour of embedding
         steps = presets.default if preset is None else preset
         arguments = {"class_names": class_names, "labels": labels, "cache_dir": cache_dir, "progress": progress}

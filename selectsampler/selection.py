@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from selectsampler.grouping import rows_of_groups
 from selectsampler.methods import Options, Problem, within_quotas, within_shares
 from selectsampler.scores.table import Scores
 from selectsampler.store import FORMAT, bytes_of, pack_strings, read_tensors, unpack_strings, write_tensors
-from selectsampler.validation import as_indices, check_seed, check_vector, is_ascending, resolve_budget
+from selectsampler.validation import as_indices, as_seed, check_vector, is_ascending, resolve_budget
 
 __all__ = ["DEFAULT_WEIGHTS", "PAPER_WEIGHTS", "Selection", "select"]
 
@@ -257,12 +258,12 @@ def select(
     if not isinstance(scores, (Scores, Tensor)):
         raise ValueError(f"select takes Scores or a tensor, not a {type(scores).__name__}: call score() first.")
     if keep is None and count is None and isinstance(balance, Mapping):
-        count = int(sum(balance.values()))
+        count = sum(int(quota) for quota in balance.values() if isinstance(quota, Integral))  # others are refused below
     table = Scores({"utility": scores}) if isinstance(scores, Tensor) else scores
     budget = resolve_budget(keep, count, len(table))
     if not isinstance(risk, (int, float)) or not 0 <= risk <= 1:
         raise ValueError(f"risk is {risk!r}, but it must be a share in [0, 1].")
-    check_seed(seed)
+    seed = as_seed(seed)
     if method == "auto":
         method = "draw" if "trust" in table.columns and score_weights is None else "exact"
     if method == "draw" and "trust" not in table.columns:

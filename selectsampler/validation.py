@@ -10,11 +10,11 @@ from torch import Tensor
 
 __all__ = [
     "as_indices",
+    "as_seed",
     "check_classes",
     "check_features",
     "check_labels",
     "check_mask",
-    "check_seed",
     "check_vector",
     "is_ascending",
     "resolve_budget",
@@ -60,12 +60,6 @@ def check_labels(labels: Tensor, *, samples: int, classes: int | None = None) ->
             f"labels[{row}] is {int(labels[row])}, but classes are numbered {range_} ({int(outside.sum())} labels "
             "lie outside). Drop unlabelled samples, or name every class."
         )
-
-
-def check_seed(seed: int) -> None:
-    """A seed is a whole number from 0 on."""
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"seed is {seed!r}, but it must be a whole number from 0 on.")
 
 
 def check_vector(values: Tensor, *, name: str, samples: int | None = None) -> None:
@@ -127,6 +121,13 @@ def as_indices(indices: Tensor | Sequence[int], *, population: int | None = None
         repeated = ordered[1:][ordered[1:] == ordered[:-1]]
         raise ValueError(f"Index {int(repeated[0])} stands more than once ({len(repeated)} repetitions in all).")
     return ordered
+
+
+def as_seed(seed: int) -> int:
+    """The seed as a Python integer: NumPy's are none that every generator and file format takes."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}, but it must be a whole number from 0 to 2**63 - 1.")
+    return int(seed)
 
 
 def is_ascending(values: Tensor) -> bool:

@@ -535,7 +535,7 @@ def test_it_has_no_attribute_that_accelerate_would_fill():
         ({"rank": 0}, "num_replicas and rank go together"),
         ({"num_replicas": 2, "rank": 2}, "rank 2"),
         ({"seed": -1}, "seed is -1"),
-        ({"seed": 1.5}, r"seed is 1\.5, but it must be a whole number from 0 on"),
+        ({"seed": 1.5}, r"seed is 1\.5, but it must be a whole number from 0"),
         ({"epoch_size": 0}, "epoch_size is 0"),
     ],
 )

@@ -227,7 +227,12 @@ def test_other_formats_are_refused_before_anything_is_written(named_table, tmp_p
         ({"columns": {"mine": torch.zeros(3)}, "scaling": "softmax"}, "scaling is 'softmax'"),
         ({"columns": {"mine": torch.zeros(3)}, "eligible": torch.ones(3)}, "eligible must be a bool tensor"),
         ({"columns": {"mine": torch.zeros(3)}, "keys": ["a"]}, "keys has 1 rows, but there are 3"),
-        ({"columns": {"mine": torch.zeros(3)}, "labels": torch.zeros(2)}, "labels has 2 rows, but there are 3"),
+        (
+            {"columns": {"mine": torch.zeros(3)}, "labels": torch.zeros(2, dtype=torch.int64)},
+            "There are 2 labels for 3",
+        ),
+        ({"columns": {"mine": torch.zeros(3)}, "labels": torch.tensor([0, -1, 1])}, r"labels\[1\] is -1"),
+        ({"columns": {"mine": torch.zeros(1)}, "labels": torch.tensor([1]), "class_names": ["a"]}, "from 0 to 0"),
     ],
 )
 def test_a_table_that_does_not_fit_together_is_refused(arguments, message):

@@ -169,7 +169,7 @@ def test_what_made_a_selection_stands_in_its_provenance_as_json(balance):
         (torch.rand(9), {"score_weights": WEIGHTS}, "score_weights go with Scores"),
         (torch.tensor([0.1, math.nan, 0.3]), {}, r"'utility'\[1\] is nan"),
         (torch.arange(9), {}, "must be a floating point tensor"),
-        (torch.rand(9), {"seed": 1.5}, r"seed is 1\.5, but it must be a whole number from 0 on"),
+        (torch.rand(9), {"seed": 1.5}, r"seed is 1\.5, but it must be a whole number from 0"),
         (torch.rand(9), {"balance": "given"}, "balance needs labels"),
         (some_scores(), {"balance": {0: 20}}, "balance needs labels"),
         (some_scores(labels=torch.arange(40) % 2), {"balance": "fair"}, "balance is 'fair'"),
@@ -393,7 +393,7 @@ def test_saved_scores_lack_the_features_that_coverage_needs_and_say_so(tmp_path)
     scores.save(tmp_path / "scores")
     loaded = Scores.load(tmp_path / "scores")
     with pytest.raises(
-        ValueError, match=r"saved scores do not hold: pass image_features=embeddings\.image, or method="
+        ValueError, match=r"neither saved scores nor a tensor hold: pass image_features=embeddings\.image, or method="
     ):
         select(loaded, 0.5, method="group")
     again = select(loaded, 0.5, method="group", image_features=scores.image_features)

@@ -17,7 +17,9 @@ from PIL import Image, ImageFilter
 __all__ = ["DAMAGES", "REVISION", "twin_of"]
 
 EVERY = 4  # one image of so many gets a twin
-REVISION = 3  # part of the key of embed's cache: another whenever the damage changes
+SEED = 3  # of what is drawn at random
+REVISION = 4  # part of the key of embed's cache: another whenever the damage changes
+LOOKED_AT = 384  # pixels: the middle of a larger image alone is damaged; statistics look at its inner 256
 
 
 def twin_of(image: Image.Image) -> tuple[int, Image.Image] | None:
@@ -27,7 +29,8 @@ def twin_of(image: Image.Image) -> tuple[int, Image.Image] | None:
     >>> {twin[1].size for twin in twins if twin is not None}
     {(32, 24)}
 
-    All follows from the pixels alone, so that neither order, nor workers, nor a cache change it.
+    All follows from the pixels alone, so that neither order, nor workers, nor a cache change it. Of an image larger
+    than 384 pixels the middle is damaged, so that the work does not grow with its size.
 
     Args:
         image: in RGB, of any size.
@@ -35,9 +38,14 @@ def twin_of(image: Image.Image) -> tuple[int, Image.Image] | None:
     checksum = zlib.crc32(image.tobytes())
     if checksum % EVERY:
         return None
-    random = np.random.default_rng((checksum, REVISION))
+    random = np.random.default_rng((checksum, SEED))
     kind = int(random.integers(len(DAMAGES)))
-    return kind, list(DAMAGES.values())[kind](image, random)
+    width, height = image.size
+    left, top = (max(0, side - LOOKED_AT) // 16 * 8 for side in image.size)
+    middle = (left, top, min(width, left + LOOKED_AT), min(height, top + LOOKED_AT))
+    twin = image.copy()
+    twin.paste(list(DAMAGES.values())[kind](image.crop(middle), random), middle)
+    return kind, twin
 
 
 def _noise(image: Image.Image, random: np.random.Generator) -> Image.Image:
@@ -194,7 +202,10 @@ def _moved(pixels: np.ndarray, length: float, angle: float) -> np.ndarray:
     """The mean of the image while it moves along a line."""
     steps = np.linspace(-length / 2, length / 2, 2 * int(length) + 3)
     shifts = dict.fromkeys((round(step * np.sin(angle)), round(step * np.cos(angle))) for step in steps)
-    return np.stack([_shifted(pixels, *shift) for shift in shifts]).mean(axis=0)
+    total = np.zeros_like(pixels)
+    for shift in shifts:
+        total += _shifted(pixels, *shift)
+    return total / len(shifts)
 
 
 def _shifted(pixels: np.ndarray, down: int, right: int) -> np.ndarray:

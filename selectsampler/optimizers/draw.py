@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from selectsampler.optimizers.exact import top_k
-from selectsampler.validation import check_labels, check_vector
+from selectsampler.validation import as_seed, check_labels, check_vector
 
 __all__ = ["ExpectedWrong", "chances", "draw", "safe_limit"]
 
@@ -36,9 +36,11 @@ def draw(
         (k,), int64, ascending.
 
     Raises:
-        ValueError: as `top_k`, and for weights that are not positive.
+        ValueError: as `top_k`, for weights that are not positive and a seed that is no whole number from 0.
     """
-    rings = torch.empty(len(utility), dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(seed))
+    rings = torch.empty(len(utility), dtype=torch.float64).exponential_(
+        generator=torch.Generator().manual_seed(as_seed(seed))
+    )
     if weights is not None:
         rings /= _checked(weights, len(utility))
     order = rings.argsort(stable=True).to(utility.device)  # in which exponential clocks of these rates ring

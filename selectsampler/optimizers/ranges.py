@@ -1,5 +1,7 @@
 """The exact optimum of a separable objective whose groups may take any number within a range, and what ranges cost."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -70,14 +72,16 @@ class _Ordered:
         return chosen
 
 
-def prices(utility: Tensor, k: int, *, groups: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+def prices(
+    utility: Tensor, k: int, *, groups: Tensor, lowest: Tensor, highest: Tensor, of: Sequence[int] | None = None
+) -> Tensor:
     """(G,), float64, at least 0: by how much the objective would rise if one group's range alone were lifted.
 
     >>> groups, lowest, highest = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1]), torch.tensor([3, 2])
     >>> prices(torch.tensor([0.9, 0.8, 0.7, 0.2, 0.1]), 3, groups=groups, lowest=lowest, highest=highest)
     tensor([0.0000, 0.5000], dtype=torch.float64)
 
-    Arguments as in `top_k_in_ranges`.
+    Arguments as in `top_k_in_ranges`; `of`: the groups that are asked for, the others get 0. None: all.
     """
     lowest, highest = lowest.cpu(), highest.cpu()
     taken = top_k_in_ranges(utility, k, groups=groups, lowest=lowest, highest=highest).cpu()
@@ -85,7 +89,10 @@ def prices(utility: Tensor, k: int, *, groups: Tensor, lowest: Tensor, highest: 
     held = ordered.values[taken.numpy()].sum()
     counts = torch.bincount(groups.cpu()[taken], minlength=len(lowest))
     result = torch.zeros(len(lowest), dtype=torch.float64)
-    for group in ((counts == lowest) | (counts == highest)).nonzero()[:, 0].tolist():  # others hold nothing back
+    held_back = ((counts == lowest) & (lowest > 0)) | (counts == highest)
+    for group in range(len(lowest)) if of is None else of:
+        if not held_back[group]:
+            continue
         least, most = lowest.clone(), highest.clone()
         least[group], most[group] = 0, k
         result[group] = max(0.0, ordered.values[ordered.within(k, least, most)].sum() - held)

@@ -20,7 +20,7 @@ from selectsampler.scores.diversity import default_neighbours, sample_diversity
 from selectsampler.scores.duplicates import near_duplicates
 from selectsampler.scores.trust import Trust, label_trust
 from selectsampler.store import FORMAT, pack_strings, read_tensors, unpack_strings, write_tensors
-from selectsampler.validation import check_mask, check_vector
+from selectsampler.validation import as_seed, check_labels, check_mask, check_vector
 
 __all__ = ["SCORES", "Scores", "score"]
 
@@ -51,7 +51,7 @@ class Scores:
         provenance: as JSON values.
 
     Raises:
-        ValueError: if there is no column, lengths differ, or a score is not finite.
+        ValueError: if there is no column, lengths differ, a score is not finite, or a label is no class.
     """
 
     columns: Mapping[str, Tensor]
@@ -71,11 +71,14 @@ class Scores:
             raise ValueError("There are no samples.")
         for name, values in self.columns.items():
             check_vector(values, name=f"The score {name!r}", samples=samples)
+        if self.labels is not None:
+            classes = None if self.class_names is None else len(self.class_names)
+            check_labels(self.labels, samples=samples, classes=classes)
         if self.eligible is not None:
             check_mask(self.eligible, name="eligible", samples=samples)
         if self.scaling not in ("min_max", "rank"):
             raise ValueError(f"scaling is {self.scaling!r}, but it must be 'min_max' or 'rank'.")
-        for name in ("labels", "keys", "image_features"):
+        for name in ("keys", "image_features"):
             value = getattr(self, name)
             if value is not None and len(value) != samples:
                 raise ValueError(f"{name} has {len(value)} rows, but there are {samples} samples.")
@@ -203,6 +206,7 @@ def score(
     unknown = [name for name in columns if name not in SCORES]
     if unknown or not columns:
         raise ValueError(f"columns names {', '.join(unknown) or 'nothing'}, but there are {', '.join(SCORES)}.")
+    seed = as_seed(seed)
     adapted = embeddings if isinstance(embeddings, Adapted) else adapt(embeddings, method="none")
     source = adapted.embeddings
     k = default_neighbours(source.labels) if k is None else k

@@ -32,7 +32,9 @@ def anchored_transition(data: Data, heads: Heads) -> Tensor:
     """(C, C): the transition matrix, from the labels of the anchors."""
     anchors = _anchors(data, heads)
     pairs = torch.arange(data.classes, device=anchors.device) * data.classes + data.labels[anchors]
-    counts = torch.bincount(pairs.flatten(), minlength=data.classes**2)  # of anchors of z labelled y
+    most = torch.bincount(data.labels, minlength=data.classes).clamp(min=2) // 2  # of a small class, not of others
+    few_enough = torch.arange(len(anchors), device=anchors.device)[:, None] < most
+    counts = torch.bincount(pairs[few_enough], minlength=data.classes**2)  # of anchors of z labelled y
     counts = counts.view(data.classes, data.classes).float()
     return without_chance(counts, torch.zeros_like(counts))
 

@@ -20,7 +20,7 @@ from selectsampler.scores.transition import (
 )
 from selectsampler.scores.trust_evidence import Evidence, likeliest_transition
 from selectsampler.scores.trust_heads import ROUNDS, STEPS, Data, Heads
-from selectsampler.validation import check_features, check_labels, check_seed
+from selectsampler.validation import as_seed, check_features, check_labels
 
 __all__ = ["Trust", "label_trust"]
 
@@ -125,7 +125,7 @@ def label_trust(
         raise ValueError(f"folds is {folds}, but it must be a whole number from 2 to the {samples} samples.")
     if class_names is not None and len(class_names) != classes:
         raise ValueError(f"There are {len(class_names)} class names, but text_features names {classes} classes.")
-    check_seed(seed)
+    seed = as_seed(seed)
     if temperature is not None and not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, but it must be positive; 0.01 is usual. None: it is fitted.")
     if not text_features.any(dim=1).all():

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from selectsampler.precision import fast_products
-from selectsampler.scores.transition import given_labels, likeliest, without_chance
+from selectsampler.scores.transition import even_transition, given_labels, likeliest, without_chance
 from selectsampler.scores.trust_heads import BLOCK, Data, Heads, drawn_rows
 
 __all__ = ["Evidence", "likeliest_transition"]
@@ -48,16 +48,36 @@ class Evidence:
         return float(weights.softmax(dim=0)[1])
 
     def _share_against_prompts(self, own: Tensor, prompts: Tensor, transition: Tensor) -> float:
-        """Of heads and neighbours: what they gain over the prompts in hits, against what they gain in likelihood."""
-        labels, both = self.data.labels[self.some], (own, prompts)
-        hits, hits_of_prompts = (float((logits.argmax(dim=1) == labels).float().mean()) for logits in both)
-        likelihood, likelihood_of_prompts = (
-            float((logits.softmax(dim=1) * transition.T[labels]).sum(dim=1).clamp(min=1e-9).log().mean())
-            for logits in both
-        )
-        gain = max(0.0, hits - hits_of_prompts) / max(hits - 1 / self.data.classes, 1e-6)
+        """Of heads and neighbours: what they gain over the prompts in hits, against what they gain in likelihood.
+
+        In hits as they are and through transition matrices that suit each, whichever gains less: that images of one
+        class are labelled as another is no merit of who has learned it.
+        """
+        labels, posteriors = self.data.labels[self.some], [logits.softmax(dim=1) for logits in (own, prompts)]
+        likelihood, likelihood_of_prompts = (_fit(posterior @ transition, labels)[1] for posterior in posteriors)
+        suited = [posterior @ self._suited(posterior) for posterior in posteriors]
+        (_, through), (_, through_of_prompts) = fits = [_fit(predicted, labels) for predicted in suited]
+        if through <= through_of_prompts:
+            return 0.0
+        hits = [_fit(posterior, labels)[0] for posterior in posteriors]
+        gained = max(0.0, min(hits[0] - hits[1], fits[0][0] - fits[1][0]))
+        gain = gained / max(hits[0] - 1 / self.data.classes, 1e-6)
         learnt = max(0.0, likelihood - likelihood_of_prompts) / 2
         return gain / (gain + learnt + BY_CHANCE)
+
+    def _suited(self, posterior: Tensor) -> Tensor:
+        """(C, C): the transition matrix that makes the labels likeliest, this being the posterior of true classes.
+
+        A class most of whose labels are of another is one that the evidence errs on: its labels count as right.
+        """
+        labels, classes = self.data.labels[self.some], self.data.classes
+        transition = even_transition(classes, 0.1).to(labels.device)
+        for _ in range(PASSES):  # each confusion by itself, as what stands out may do so only after some passes
+            counts, variance = _counts(posterior.log(), transition, labels)
+            transition = counts / counts.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        transition = without_chance(counts, variance)
+        likely = transition.diagonal() >= transition.amax(dim=1)
+        return transition.where(likely[:, None], torch.eye(classes, device=labels.device))
 
     def noise_rate(self, transition: Tensor) -> float:
         """The share of wrong labels, if they come about by this transition matrix."""
@@ -111,13 +131,26 @@ def likeliest_transition(data: Data, evidence: Evidence, transition: Tensor) -> 
     """
     few = len(evidence.some) < min(len(data), ENOUGH * data.classes)
     for _ in range(1 if few else PASSES):
-        counts, variance = torch.zeros_like(transition), torch.zeros_like(transition)  # of samples of z labelled y
+        counts = torch.zeros(2, *transition.shape, device=transition.device)
         for logits, rows in evidence.in_blocks() if few else [(evidence.logits_of_some, evidence.some)]:
-            posterior = given_labels(logits, transition, data.labels[rows])
-            counts.index_add_(1, data.labels[rows], posterior.T)
-            variance.index_add_(1, data.labels[rows], (posterior * (1 - posterior)).T)
-        transition = without_chance(counts, variance)
+            counts += _counts(logits, transition, data.labels[rows])
+        transition = without_chance(*counts)
     return transition
+
+
+def _fit(predicted: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Of predicted labels: how often the likeliest is the one given, and the mean log-likelihood of those given."""
+    likelihood = predicted.gather(1, labels[:, None]).clamp(min=1e-9).log().mean()
+    return float((predicted.argmax(dim=1) == labels).float().mean()), float(likelihood)
+
+
+def _counts(logits: Tensor, transition: Tensor, labels: Tensor) -> Tensor:
+    """(2, C, C): how many samples of z are labelled y, in expectation, and the variance of that."""
+    posterior = given_labels(logits, transition, labels)
+    counts = torch.zeros(2, *transition.shape, device=transition.device)
+    counts[0].index_add_(1, labels, posterior.T)
+    counts[1].index_add_(1, labels, (posterior * (1 - posterior)).T)
+    return counts
 
 
 class Neighbours:
