@@ -1,5 +1,6 @@
 """Intactness: damage is found without a damaged image to learn from, and rarity is none."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from selectsampler.recipes.data import ZippedImageFolder
 from sklearn.metrics import roc_auc_score
 
 import selectsampler as ss
-from selectsampler.embeddings import STATISTICS
+from selectsampler.embeddings import STATISTICS, damaging
 from selectsampler.embeddings.damaging import DAMAGES, EVERY, twin_of
 from selectsampler.embeddings.statistics import image_statistics, statistics_of
 from selectsampler.scores import damage
@@ -274,3 +275,34 @@ def test_half_of_a_real_pool_holds_next_to_no_damage():
     whole = torch.tensor([kind is None for kind in corrupted.kinds])
     flagged = [float((found[whole & (embeddings.labels == label)] < 0.5).float().mean()) for label in range(10)]
     assert max(flagged) <= 0.08, flagged
+
+
+# Twins of large images
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_twin_of_a_large_image_is_made_of_its_middle_in_the_memory_of_two(kind, monkeypatch):
+    monkeypatch.setattr(damaging, "DAMAGES", {kind: DAMAGES[kind]})
+    monkeypatch.setattr(damaging, "EVERY", 1)
+    image = noise_image(2400, 1800)
+    tracemalloc.start()
+    _, twin = twin_of(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.5 * 3 * 2400 * 1800
+    pixels, before = np.asarray(twin), np.asarray(image)
+    assert (pixels != before).any()
+    rows, columns = np.nonzero((pixels != before).any(axis=2))
+    assert rows.min() >= 700
+    assert rows.max() < 1100
+    assert columns.min() >= 1000
+    assert columns.max() < 1400
+    assert (image_statistics(pixels) != image_statistics(before)).any()
+
+
+def noise_image(width, height):
+    """Smooth shapes with some grain."""
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(40, 215, (9, 12, 3), dtype=np.uint8)).resize((width, height))
+    grain = random.integers(-8, 9, (height, width, 3))
+    return Image.fromarray((np.asarray(coarse) + grain).astype(np.uint8))

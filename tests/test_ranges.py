@@ -45,6 +45,17 @@ def test_no_subset_within_the_ranges_is_worth_more(data):
         assert price == best_of_all(utility, k, groups, *free) - best
 
 
+def test_prices_are_those_of_the_groups_that_are_asked_for():
+    utility, groups = torch.rand(40, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
+    ranges = {"groups": groups, "lowest": torch.tensor([8, 0, 0, 0]), "highest": torch.tensor([10, 10, 0, 1])}
+    every = prices(utility, 19, **ranges)
+    assert (every > 0).sum() >= 2
+    for group in range(4):
+        one = prices(utility, 19, **ranges, of=[group])
+        assert one[group] == every[group]
+        assert one.count_nonzero() == (every[group] > 0)
+
+
 def test_ranges_of_one_number_are_quotas():
     utility = torch.rand(60, generator=torch.Generator().manual_seed(0))
     groups, quotas = torch.arange(60) % 3, torch.tensor([5, 0, 9])

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from selectsampler import Embeddings, Scores, SelectSampler, embed, presets, score, select
 from selectsampler.scores import label_trust, trust_heads
 from selectsampler.scores import trust as module
-from selectsampler.scores.transition import even_transition
+from selectsampler.scores.transition import anchored_transition, even_transition
 from selectsampler.scores.trust_evidence import largest
 
 CLASSES, EACH, DIM = 6, 300, 24
@@ -84,6 +84,37 @@ def test_noise_that_follows_the_image_does_not_outweigh_the_prompts():
     trust = label_trust(images, text, labels, temperature=0.06)
     assert roc_auc_score(labels == truth, trust.probability) > roc_auc_score(labels == truth, zero_shot) - 0.002
     assert expected_calibration_error(trust.probability, labels == truth) < 0.04
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_two_classes_that_look_alike_and_are_mistaken_one_way_are_told_apart(seed):
+    """Whoever learns the labels as given learns that doubtful images are of the class that gets the wrong ones."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(DIM, generator=generator) + 0.7 * torch.randn(2, DIM, generator=generator)
+    centres = torch.nn.functional.normalize(centres, dim=1)
+    truth = torch.arange(2).repeat(700)
+    images = centres[truth] + 2 / math.sqrt(DIM) * torch.randn(len(truth), DIM, generator=generator)
+    text = centres + 0.1 / math.sqrt(DIM) * torch.randn(2, DIM, generator=generator)
+    labels = torch.where((truth == 0) & (torch.rand(len(truth), generator=generator) < 0.4), 1, truth)
+    cosines = torch.nn.functional.normalize(images, dim=1) @ torch.nn.functional.normalize(text, dim=1).T
+    zero_shot = (cosines / 0.05).softmax(dim=1).gather(1, labels[:, None])[:, 0]
+    trust = label_trust(images, text, labels, temperature=0.05)
+    assert roc_auc_score(labels == truth, trust.probability) > roc_auc_score(labels == truth, zero_shot) + 0.01
+    assert trust.noise_rate == pytest.approx(float((labels != truth).float().mean()), abs=0.04)
+
+
+def test_the_anchors_of_a_small_class_are_its_own():
+    sizes = [400, 12, 60]
+    labels = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+
+    class Surely:
+        """Heads that know every class, and of others which is the likelier."""
+
+        def logits(self, rows):
+            return 9.0 * torch.nn.functional.one_hot(labels[rows], 3) + rows[:, None] / len(labels)
+
+    data = trust_heads.Data(torch.randn(len(labels), DIM), torch.randn(3, DIM), labels)
+    assert torch.equal(anchored_transition(data, Surely()), torch.eye(3))
 
 
 @pytest.mark.parametrize(("kind", "counts"), [("asymmetric", True), ("mixed", True), ("of_the_unsure", False)])
