@@ -240,7 +240,7 @@ def select(
             utility; `group`, greedy on utility and coverage, with a bound on what any subset could reach;
             `straight_through`, the paper's gradient optimizer, cut to the exact size. `auto` is `draw` where the scores
             hold trust, without `score_weights`; else `exact`.
-        risk: of method `draw`: how many more of the selected labels may be wrong, as a share and in expectation, than
+        risk: of method `draw`: how many more of the selected labels may be wrong, as a share and as trust reckons, than
             in the safest selection of distinct images that do not look damaged, under the same quotas; 0 is that
             selection, 1 takes any label. A tenth of it is allowed for damaged images, and the more intact half is
             always safe. What the safest selection and the lot come to stands in the provenance as `wrong_labels`, and

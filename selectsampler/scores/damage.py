@@ -45,18 +45,19 @@ def intactness(
 
     `embed` damages some images of the data set in ways of its own, and notes the statistics of these twins. A small
     network learns to say which of the two, image or twin, was damaged, and how. Comparing an image with its own twin
-    cancels what the image shows, so that a rare image is no suspect, and holds where many images of the data set are
-    damaged already: it is hardly told that they are intact, only that their twins are worse. Statistics of many images
-    thrown together stand for damage of an unknown kind. No image is judged by a network that saw it or its twin. The
-    answer is the mean, in log odds, of two: by all kinds together, which also finds what resembles none of them, and by
-    each kind as often as it seems to occur, which finds the one kind that has hit many images.
+    cancels what the image shows, so that a rare image hardly falls below 0.5, and holds where many images of the data
+    set are damaged already: it is hardly told that they are intact, only that their twins are worse. Statistics of many
+    images thrown together stand for damage of an unknown kind. No image is judged by a network that saw it or its twin.
+    The answer is the mean, in log odds, of two: by all kinds together, which also finds what resembles none of them,
+    and by each kind as often as it seems to occur, which finds the one kind that has hit many images.
     CLIP's features take no part: they tell what an image shows, which the comparison with its twin is to cancel, and
     those of the twins would cost a second pass of the encoder.
 
-    Limits: it sees what the statistics see, not content: an image of something else is intact. Damage unlike that of
-    all twins is found less surely, or not at all; so is all damage where there are only a few hundred twins. Where one
-    mild kind of damage has hit many images it looks normal, and few of them fall below 0.5, though they rank below the
-    intact ones (`benchmarks/damage.py`).
+    Limits: it sees what the statistics see, not content, and of an image larger than 256 pixels the middle only. Damage
+    unlike that of all twins is found less surely, or not at all; so is damage that was stored as JPEG afterwards, and
+    all damage where there are only a few hundred twins. Where one mild kind of damage has hit many images it looks
+    normal, and few of them fall below 0.5, though they rank below the intact ones. Intact images that look unlike all
+    others rank below them as well: grey ones among coloured ones, or those with white bars (`benchmarks/damage.py`).
 
     Args:
         image_statistics: (N, S), floating point, finite, as `embed` notes them.

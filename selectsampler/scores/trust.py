@@ -84,8 +84,9 @@ def label_trust(
     likelier. But as long as most labels of images alike are right, it cannot change which class comes first. So their
     gain in hits, g = (a - a_prompts) / (a - 1 / C), where a is how often the first class is the label, is held against
     their gain in mean log-likelihood, l: log p(z | image) weighs them by g / (g + l / 2 + 0.01), and the prompts by the
-    rest. Then T is taken anew, from all samples by expectation and maximisation; confusions that do not stand out share
-    one rate. In the end
+    rest. Nobody gains by having learned that images of one class are labelled as another: who gains less in hits
+    through a T that suits each gains just that, and nothing whose labels are no likelier through it. Then T is taken
+    anew, from all samples by expectation and maximisation; confusions that do not stand out share one rate. In the end
 
         trust = P(z = y | image, y) = p(y | image) T[y, y] / sum_z p(z | image) T[z, y].
 
