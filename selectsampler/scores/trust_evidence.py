@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,16 +54,15 @@ class Evidence:
         In hits as they are and through transition matrices that suit each, whichever gains less: that images of one
         class are labelled as another is no merit of who has learned it.
         """
-        labels, posteriors = self.data.labels[self.some], [logits.softmax(dim=1) for logits in (own, prompts)]
-        likelihood, likelihood_of_prompts = (_fit(posterior @ transition, labels)[1] for posterior in posteriors)
-        suited = [posterior @ self._suited(posterior) for posterior in posteriors]
-        (_, through), (_, through_of_prompts) = fits = [_fit(predicted, labels) for predicted in suited]
-        if through <= through_of_prompts:
+        labels, both = self.data.labels[self.some], [logits.softmax(dim=1) for logits in (own, prompts)]
+        plain, plain_of_prompts = (_fit(posterior, labels) for posterior in both)
+        anchored, anchored_of_prompts = (_fit(posterior @ transition, labels) for posterior in both)
+        suited, suited_of_prompts = (_fit(posterior @ self._suited(posterior), labels) for posterior in both)
+        if suited.likelihood <= suited_of_prompts.likelihood:
             return 0.0
-        hits = [_fit(posterior, labels)[0] for posterior in posteriors]
-        gained = max(0.0, min(hits[0] - hits[1], fits[0][0] - fits[1][0]))
-        gain = gained / max(hits[0] - 1 / self.data.classes, 1e-6)
-        learnt = max(0.0, likelihood - likelihood_of_prompts) / 2
+        gained = max(0.0, min(plain.hits - plain_of_prompts.hits, suited.hits - suited_of_prompts.hits))
+        gain = gained / max(plain.hits - 1 / self.data.classes, 1e-6)
+        learnt = max(0.0, anchored.likelihood - anchored_of_prompts.likelihood) / 2
         return gain / (gain + learnt + BY_CHANCE)
 
     def _suited(self, posterior: Tensor) -> Tensor:
@@ -138,10 +138,17 @@ def likeliest_transition(data: Data, evidence: Evidence, transition: Tensor) -> 
     return transition
 
 
-def _fit(predicted: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Of predicted labels: how often the likeliest is the one given, and the mean log-likelihood of those given."""
+class Fit(NamedTuple):
+    """How often the likeliest label is the one given, and the mean log-likelihood of those given."""
+
+    hits: float
+    likelihood: float
+
+
+def _fit(predicted: Tensor, labels: Tensor) -> Fit:
+    """Of (b, C): the probability of every label of every sample."""
     likelihood = predicted.gather(1, labels[:, None]).clamp(min=1e-9).log().mean()
-    return float((predicted.argmax(dim=1) == labels).float().mean()), float(likelihood)
+    return Fit(float((predicted.argmax(dim=1) == labels).float().mean()), float(likelihood))
 
 
 def _counts(logits: Tensor, transition: Tensor, labels: Tensor) -> Tensor:
