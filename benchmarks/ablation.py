@@ -5,7 +5,8 @@
 Files 0000 to 2499 of each class of CIFAR-10's training set (the CLIP that the committed results were made with was
 pretrained on the others), the quick network of recipes/cifar.py, the same number of updates for every method. Noise,
 network, augmentation and order are those of the seed and shared by its methods, so that differences to the paper's
-selection are paired. Interrupted, the same command goes on with what is missing.
+selection are paired. Interrupted, the same command goes on with what is missing; a row tells machine, versions and
+state of the code (those without are of early ones).
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import interval, pool
+from quality import code, made_with
 from selectsampler.recipes import cifar, noise
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -149,6 +151,8 @@ def measure(images: Any, data: Data, spec: str, methods: list[str], rows: list[A
             "wrong": 100 * float(1 - right.float().mean()),
             "coverage": coverage(data, selected[right]),
             "seconds": {"score and select": selecting, "train": trained.seconds},
+            **made_with(),
+            "code": code(),
         }
 
 

@@ -49,6 +49,7 @@ import selectsampler as ss
 from selectsampler.embeddings.damaging import DAMAGES, twin_of
 from selectsampler.embeddings.statistics import statistics_of
 from selectsampler.scores.damage import intactness
+from selectsampler.store import replace_atomically
 
 Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # statistics, twins and their statistics
 
@@ -88,12 +89,18 @@ def main() -> None:
                 row = rare(arguments, seed) if kinds == "rare" else measure(arguments, kinds, seed)
                 results["rows"].append(row)
                 results["rows"].sort(key=lambda row: (KINDS.index(row["kinds"]), row["seed"]))
-                arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+                save(arguments.out, results)
                 print(row, flush=True)
     results["milliseconds_an_image"] = cost(arguments)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    save(arguments.out, results)
     arguments.out.with_suffix(".md").write_text(table(results))
     print(table(results))
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Write the results, whole or not at all."""
+    with replace_atomically(path) as file:
+        file.write(json.dumps(results, indent=1).encode() + b"\n")
 
 
 def begun(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -101,7 +108,7 @@ def begun(arguments: argparse.Namespace) -> dict[str, Any]:
     about = {"images": 10 * arguments.per_class, "stored_again": arguments.stored_again}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text())
-        if {"stored_again": None} | {name: results[name] for name in about if name in results} != about:
+        if any(results[name] != value for name, value in about.items()):
             raise SystemExit(f"{arguments.out} is of other images: name another file for --out.")
         return results
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +279,7 @@ def table(results: dict[str, Any]) -> str:
     lines += left_out([row for row in results["rows"] if row["kinds"] == "other"])
     lines += looking_rare([row for row in results["rows"] if row["kinds"] == "rare"])
     judged = [row for row in results["rows"] if "flagged_intact" in row]
-    classes = list(judged[0]["flagged_intact"])
+    classes = list(judged[0]["flagged_intact"]) if judged else []
     lines += ["", "Intact images that are flagged:", "", "| damaged by | " + " | ".join(classes) + " |"]
     lines.append("|---|" + "---|" * len(classes))
     for kinds in dict.fromkeys(row["kinds"] for row in judged):

@@ -26,12 +26,10 @@ def class_quotas(table: Scores, balance: str | Quotas | None, budget: int, eligi
 
     Args:
         table: with labels, and trust for `trusted`.
-        balance: `auto`, `trusted`, `given`, {class name or number: quota} or None, as `select` takes it.
+        balance: `trusted`, `given`, {class name or number: quota} or None, as `select` takes it.
         budget: the number of samples in all.
         eligible: (n,), int64: the rows that can be selected. None: all.
     """
-    if balance == "auto":
-        balance = "trusted" if "trust" in table.columns and table.labels is not None else None
     if balance is None:
         return None
     if table.labels is None:

@@ -79,8 +79,6 @@ class Options:
 
 def within_quotas(problem: Problem, balance: str | Quotas | None, options: Options) -> Solved:
     """By any method, so many of each class as `balance` says."""
-    if balance == "auto" and options.method == "straight_through":
-        balance = None  # it knows no quotas
     quotas = class_quotas(problem.table, balance, problem.budget, problem.eligible)
     solved = _by_method(problem, quotas, options)
     counts = {} if quotas is None else {"quotas": quotas.tolist()}
@@ -168,7 +166,7 @@ def within_shares(
     """The optimum within the ranges; or a draw, of as many of each group as a draw within the ranges comes to."""
     if groups is None or shares is None:
         raise ValueError("groups and shares go together: which group a sample is of, and which share a group may have.")
-    if balance not in ("auto", None) or options.method not in ("draw", "exact"):
+    if balance is not None or options.method not in ("draw", "exact"):
         raise ValueError("shares replace balance, and go with method='draw' and method='exact' only.")
     lowest, highest = share_ranges(groups, shares, problem.budget, len(problem.table))
     groups = problem.of_eligible(groups)
@@ -178,6 +176,7 @@ def within_shares(
     details: dict[str, Any] = {"shares": {str(group): [str(low), str(high)] for group, (low, high) in shares.items()}}
     details["prices"] = {str(g): float(price[g]) for g in shares}
     best = problem.worth(chosen)
+    details["price_of_all"] = _exactly(problem, None, None).objective - best
     if options.method == "exact":
         return Solved(chosen, best, best, details)
     utility = _lottery(problem, options).utility

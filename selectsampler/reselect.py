@@ -13,7 +13,7 @@ from selectsampler.distributed import check_agreement, from_rank_zero, gather, p
 from selectsampler.optimizers import top_k
 from selectsampler.sampler import SelectSampler
 from selectsampler.selection import Selection
-from selectsampler.validation import check_vector
+from selectsampler.validation import as_seed, check_vector
 
 __all__ = ["LossTracker", "Reselect", "TrainingState", "soft_pruning", "trusted_and_hard"]
 
@@ -242,6 +242,7 @@ def trusted_and_hard(trust: Tensor, count: int, *, classes: int, seed: int = 0) 
         classes: C, at least 2.
         seed: of the draws, mixed with the epoch.
     """
+    seed = as_seed(seed)
     check_vector(trust, name="trust")
     if (trust < 0).any() or (trust > 1).any():
         raise ValueError("trust must lie in [0, 1]: a probability that the label is right.")
@@ -272,6 +273,7 @@ def soft_pruning(prune: float, *, among: Tensor | None = None, seed: int = 0) ->
         among: (k,), indices that may be selected at all, as of trusted samples; None: all.
         seed: of the draws, mixed with the epoch.
     """
+    seed = as_seed(seed)
     if not 0 <= prune < 1:
         raise ValueError(f"prune is {prune}, but it must lie in [0, 1).")
 

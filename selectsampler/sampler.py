@@ -143,7 +143,7 @@ class SelectSampler(DistributedSampler[int]):
         inspect.signature(cls).bind([0], seed=seed, **options)
         seed = as_seed(seed)
         resolve_budget(keep, count, len(dataset))  # what is wrong fails here, not after an hour of embedding
-        steps = presets.default if preset is None else preset
+        steps = presets.checked(presets.default if preset is None else preset)
         arguments = {"class_names": class_names, "labels": labels, "cache_dir": cache_dir, "progress": progress}
         embeddings = embed_dataset(dataset, clip, **arguments, **(embed or {}))
 

@@ -218,8 +218,8 @@ def select(
     the expected number of right labels and of intact images. Its highest sums are easy samples, though, which train
     fast and not far: `method="draw"` gives up a little of it, `risk`, for a choice by lot among all that is safe. As
     that lies closer together than the data does, the farther a sample lies from its neighbours, the better its chance,
-    by the power of its distance with which the drawn lie as far apart as all that is trusted. Where all labels are
-    right that power is 0, and the subset a random one of what does not look damaged.
+    by the power of its distance with which the drawn lie as far apart as all that is trusted. Where trust finds
+    all labels right that power is 0, and the subset a random one of what does not look damaged.
 
     Args:
         scores: `Scores`, or one float tensor (N,) of your own, finite, higher is better.
@@ -233,7 +233,8 @@ def select(
             `trusted` where the scores hold trust and labels, else None.
         groups: (N,), int64, from 0: any other groups (class x attribute, say), with `shares`, instead of `balance`.
         shares: {group: (lowest, highest)}: which share of the selection a group is to have, in [0, 1]; others are free.
-            What each range costs in objective stands in the provenance as `prices`.
+            By how much the exact optimum would rise without all of them stands in the provenance as `price_of_all`, and
+            without one alone, which frees little where the others leave no room, as `prices`.
         method: `draw`, by lot among the samples whose label and image are safe, then of the rest the most probable to
             be right in both; near-duplicates of a more trusted sample (their `trusted_diversity` is 0) come last of
             the trusted. Without `trusted_diversity` all that is safe has the same chance. `exact`, the optimum of
@@ -266,6 +267,9 @@ def select(
     seed = as_seed(seed)
     if method == "auto":
         method = "draw" if "trust" in table.columns and score_weights is None else "exact"
+    if balance == "auto":
+        trusted = "trust" in table.columns and table.labels is not None and method != "straight_through"
+        balance = "trusted" if trusted and groups is None and shares is None else None
     if method == "draw" and "trust" not in table.columns:
         raise ValueError("method='draw' needs the score 'trust': score() gives it where there are two classes or more.")
     if method == "draw" and score_weights is not None:

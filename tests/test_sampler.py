@@ -559,9 +559,16 @@ def test_a_sampler_from_a_data_set_selects_step_by_step(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"keep": 1.5}, r"keep is 1\.5"), ({"keep": 0.5, "seed": -1}, "seed is -1")]
+    ("arguments", "message"),
+    [
+        ({"keep": 1.5}, r"keep is 1\.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"preset": "paper"}, "preset is 'paper', but it must be a dict of arguments of adapt, score, select"),
+        ({"preset": {"selec": {}}}, "preset names a step 'selec'"),
+        ({"preset": {"select": {"wieghts": 1}}}, r"preset gives select\(\) 'wieghts', which it does not take"),
+    ],
 )
 def test_what_makes_no_sense_stops_before_anything_is_embedded(monkeypatch, arguments, message):
     monkeypatch.setattr("selectsampler.embeddings.embed", lambda *_, **__: pytest.fail("this takes an hour"))
     with pytest.raises(ValueError, match=message):
-        SelectSampler.from_dataset(Numbers(40), clip="tiny", class_names=["a", "b"], **arguments)
+        SelectSampler.from_dataset(Numbers(40), clip="tiny", class_names=["a", "b"], **{"keep": 0.5} | arguments)

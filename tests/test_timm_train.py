@@ -190,7 +190,7 @@ def test_by_default_it_selects_as_from_dataset_does(train, tmp_path):
     train("--epochs", 1, select=("--select-keep", "0.5", "--select-clip", "tiny"))
     details = selected_in(tmp_path / "out" / "run").provenance["selection"]
     assert presets.default["select"] == {"balance": "auto", "method": "auto"}
-    assert (details["balance"], details["method"]) == ("auto", "draw")
+    assert (details["balance"], details["method"]) == ("trusted", "draw")
 
 
 def test_the_papers_preset_takes_the_papers_optimizer(train, tmp_path):

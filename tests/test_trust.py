@@ -232,7 +232,7 @@ def test_by_default_wrong_labels_are_left_out_and_near_duplicates_come_last():
     assert len(repeated) > 8
     assert int((repeated > 0).sum()) <= 1
     assert kept.provenance["trust"]["noise_rate"] == pytest.approx(0.4, abs=0.05)
-    assert kept.provenance["selection"]["balance"] == "auto"
+    assert kept.provenance["selection"]["balance"] == "trusted"
 
 
 def test_unreadable_images_are_not_judged():
@@ -293,8 +293,13 @@ def test_shares_hold_and_have_a_price():
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
     kept = select(scores, count=4, groups=groups, shares={1: ("0.5", "1.0")})
     assert kept.indices.tolist() == [0, 1, 3, 4]
-    assert kept.provenance["selection"]["prices"]["1"] == pytest.approx(0.2)
+    found = kept.provenance["selection"]
+    assert found["prices"]["1"] == found["price_of_all"] == pytest.approx(0.2)
+    assert found["balance"] is None
     assert kept.objective == pytest.approx(2.8)
+    pinned = select(scores, count=4, groups=groups, shares={0: (0.5, 0.5), 1: (0.5, 0.5)}).provenance["selection"]
+    assert pinned["prices"] == {"0": 0.0, "1": 0.0}, "each frees nothing while the other is pinned"
+    assert pinned["price_of_all"] == pytest.approx(0.2)
 
 
 def test_within_shares_the_lot_decides_as_well():

@@ -30,7 +30,7 @@ def twin_of(image: Image.Image) -> tuple[int, Image.Image] | None:
     {(32, 24)}
 
     All follows from the pixels alone, so that neither order, nor workers, nor a cache change it. Of an image larger
-    than 384 pixels the middle is damaged, so that the work does not grow with its size.
+    than 384 pixels the middle is damaged, as an image of that size would be, so that the work does not grow.
 
     Args:
         image: in RGB, of any size.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu, logsigmoid
 
 from selectsampler.precision import fast_products, full_precision
-from selectsampler.validation import check_features, check_mask
+from selectsampler.validation import as_seed, check_features, check_mask
 
 __all__ = ["intactness"]
 
@@ -72,7 +72,7 @@ def intactness(
     Raises:
         ValueError: if there are no statistics, shapes do not fit, or fewer than 30 images have twins.
     """
-    samples = _check(image_statistics, twins, twin_statistics)
+    samples, seed = _check(image_statistics, twins, twin_statistics), as_seed(seed)
     if eligible is None:
         eligible = torch.ones(samples, dtype=torch.bool, device=twins.device)
     check_mask(eligible, name="eligible", samples=samples)

@@ -3,7 +3,4 @@
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("cleanlab", reason="benchmarks need selectsampler[benchmarks]")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -2,7 +2,6 @@
 
 import itertools
 
-import baselines
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,9 @@ from torch.testing import assert_close
 from selectsampler import LossTracker, Selection
 from selectsampler.optimizers import apportion
 from selectsampler.reselect import TrainingState
+
+pytest.importorskip("cleanlab", reason="benchmarks need selectsampler[benchmarks]")
+import baselines
 
 
 @pytest.fixture

@@ -86,6 +86,14 @@ def test_of_a_kind_of_damage_stays_what_is_among_the_better_half():
     assert damage.stays(value, kinds) == {"fog": pytest.approx(100 / 3), "snow": 0}
 
 
+def test_rare_looks_alone_make_a_table():
+    looks = {"grey": {"flagged": 1.0, "better half": 20.0}, "all others": {"flagged": 0.5, "better half": 52.0}}
+    spent = {"embed": 3.0, "statistics_and_twins": 0.2}
+    rows = [{"kinds": "rare", "seed": seed, "looks": looks} for seed in range(2)]
+    page = damage.table({"images": 100, "stored_again": None, "rows": rows, "milliseconds_an_image": spent})
+    assert "| grey | 1.0 (1.0) | 20.0 (20.0) |" in page
+
+
 def test_equal_values_stay_by_chance_not_by_place():
     kinds = np.array(["fog"] * 500 + [None] * 500, dtype=object)
     assert damage.stays(torch.ones(1000), kinds)["fog"] == pytest.approx(50, abs=6)

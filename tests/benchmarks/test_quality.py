@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from selectsampler.recipes import digits
+
+pytest.importorskip("cleanlab", reason="benchmarks need selectsampler[benchmarks]")
 import quality
 import quality_data
 from quality_tables import Results, join
-from selectsampler.recipes import digits
 
 WORDS = ["digits", "--seeds", "1", "--settings", "symmetric:0.4", "--keep", "0.25"]
 
