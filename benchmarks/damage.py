@@ -152,12 +152,12 @@ def rare(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     for row in looks["white bars"]:
         images[row] = with_bars(images[row])
     intact = intactness(*look(images), seed=seed)
-    better = intact >= intact.median()
+    trusted = ss.Scores({"trust": torch.ones(len(pool)), "intactness": intact})
+    drawn = torch.zeros(len(pool), dtype=torch.bool)
+    drawn[ss.select(trusted, KEEP, seed=seed, progress=False).indices] = True
+    marks = {"flagged": intact < 0.5, "better half": intact >= intact.median(), "drawn": drawn}
     shares = {
-        name: {
-            "flagged": 100 * float((intact[rows] < 0.5).float().mean()),
-            "better half": 100 * float(better[rows].float().mean()),
-        }
+        name: {figure: 100 * float(found[rows].float().mean()) for figure, found in marks.items()}
         for name, rows in looks.items()
     }
     return {"kinds": "rare", "seed": seed, "looks": shares}
@@ -299,14 +299,12 @@ def looking_rare(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Of intact images that look unlike the others, what is flagged, and what is in the better half."""
     if not rows:
         return []
-    lines = ["", "Intact images that look unlike the others:", "", "| images | flagged | in the more intact half |"]
-    lines.append("|---|---|---|")
+    lines = ["", "Intact images that look unlike the others; half is kept of labels that are all right:", ""]
+    lines += ["| images | flagged | in the more intact half | kept by the default |", "|---|---|---|---|"]
     for name in rows[0]["looks"]:
         found = [row["looks"][name] for row in rows]
-        cells = [
-            summary([each[figure] for each in found], worst)
-            for figure, worst in (("flagged", max), ("better half", min))
-        ]
+        worst = {"flagged": max, "better half": min, "drawn": min}
+        cells = [summary([each[figure] for each in found], worst[figure]) for figure in worst]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 

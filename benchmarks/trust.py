@@ -9,7 +9,7 @@ and trust; trust's expected calibration error in 15 bins, with a picture of the 
 right labels, all seeds together); the noise rate that it estimates, and how far the rows of its transition matrix lie
 from the true ones (total variation, 0 to 1, mean of the classes). `mixed` noise is symmetric over asymmetric,
 `instance` noise follows the very features that trust sees, `confusable` noise is that of a poor observer, who sees
-cheap image statistics only. `one way` is of two classes that look alike: 40 % of the cats are labelled dog. In
+cheap image statistics only. `one way` is of two classes that look alike: 20 or 40 % of the cats are labelled dog. In
 `long tail` classes have 2,500 to 13 images, with all labels right and with 20 % wrong. Interrupted, the same command
 goes on with what is missing.
 """
@@ -36,7 +36,7 @@ from selectsampler.scores import label_trust
 DOMAINS = {"as they are": None, "colours inverted": ImageOps.invert}
 NOISES = ("none", "symmetric:0.1", "symmetric:0.2", "symmetric:0.4", "symmetric:0.6", "asymmetric:0.4", "pair:0.3",
           "mixed:0.2", "instance:0.2", "instance:0.4", "confusable:0.2", "confusable:0.4")  # fmt: skip
-PARTS = ("one way", "long tail", "long tail:0.2")  # of the images as they are
+PARTS = ("one way:0.2", "one way:0.4", "long tail", "long tail:0.2")  # of the images as they are
 TAIL = (2500, 13, 24, 43, 77, 137, 245, 440, 780, 1400)  # images a class
 EVIDENCE = ("zero-shot", "linear head", "trust")
 BINS, FEWEST = 15, 30  # of trust; samples of a bin that is drawn
@@ -74,8 +74,8 @@ def settings_of(images: str) -> tuple[str, ...]:
 
 def part(embeddings: ss.Embeddings, spec: str, seed: int) -> ss.Embeddings:
     """Some of the classes, or some images of each."""
-    classes = [3, 5] if spec == "one way" else list(range(len(embeddings.class_names)))
-    sizes = [2500] * len(classes) if spec == "one way" else TAIL
+    classes = [3, 5] if spec.startswith("one way") else list(range(len(embeddings.class_names)))
+    sizes = [2500] * len(classes) if spec.startswith("one way") else TAIL
     random = np.random.default_rng([seed, 11])
     rows = torch.cat(
         [
@@ -102,8 +102,8 @@ def measure(embeddings: ss.Embeddings, spec: str, seed: int) -> dict[str, Any]:
     truth = embeddings.labels
     directions = normalize(embeddings.image.float(), dim=1)
     labels = truth
-    if spec == "one way":
-        labels = noise.asymmetric(truth, 0.4, mapping={0: 1}, seed=seed)
+    if spec.startswith("one way"):
+        labels = noise.asymmetric(truth, float(spec.partition(":")[2]), mapping={0: 1}, seed=seed)
     elif spec.startswith("long tail"):
         rate = float(spec.partition(":")[2] or 0)
         labels = noise.symmetric(truth, rate, classes=len(TAIL), seed=seed)

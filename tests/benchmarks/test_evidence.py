@@ -42,7 +42,7 @@ def test_the_poor_observer_makes_exactly_the_share_wrong_and_every_label_another
 
 def test_a_part_of_the_classes_is_numbered_anew():
     embeddings = some_embeddings(samples=600, classes=10)
-    two = trust.part(embeddings, "one way", seed=0)
+    two = trust.part(embeddings, "one way:0.4", seed=0)
     assert list(two.class_names) == ["3", "5"]
     assert torch.bincount(two.labels).tolist() == [60, 60]
     tail = trust.part(embeddings, "long tail", seed=0)
@@ -87,11 +87,11 @@ def test_of_a_kind_of_damage_stays_what_is_among_the_better_half():
 
 
 def test_rare_looks_alone_make_a_table():
-    looks = {"grey": {"flagged": 1.0, "better half": 20.0}, "all others": {"flagged": 0.5, "better half": 52.0}}
+    looks = {"grey": {"flagged": 1.0, "better half": 20.0, "drawn": 40.0}}
     spent = {"embed": 3.0, "statistics_and_twins": 0.2}
     rows = [{"kinds": "rare", "seed": seed, "looks": looks} for seed in range(2)]
     page = damage.table({"images": 100, "stored_again": None, "rows": rows, "milliseconds_an_image": spent})
-    assert "| grey | 1.0 (1.0) | 20.0 (20.0) |" in page
+    assert "| grey | 1.0 (1.0) | 20.0 (20.0) | 40.0 (40.0) |" in page
 
 
 def test_equal_values_stay_by_chance_not_by_place():
