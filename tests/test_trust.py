@@ -86,8 +86,9 @@ def test_noise_that_follows_the_image_does_not_outweigh_the_prompts():
     assert expected_calibration_error(trust.probability, labels == truth) < 0.04
 
 
+@pytest.mark.parametrize(("rate", "gain"), [(0.2, -0.002), (0.4, 0.01)])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_two_classes_that_look_alike_and_are_mistaken_one_way_are_told_apart(seed):
+def test_two_classes_that_look_alike_and_are_mistaken_one_way_are_told_apart(seed, rate, gain):
     """Whoever learns the labels as given learns that doubtful images are of the class that gets the wrong ones."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(DIM, generator=generator) + 0.7 * torch.randn(2, DIM, generator=generator)
@@ -95,12 +96,20 @@ def test_two_classes_that_look_alike_and_are_mistaken_one_way_are_told_apart(see
     truth = torch.arange(2).repeat(700)
     images = centres[truth] + 2 / math.sqrt(DIM) * torch.randn(len(truth), DIM, generator=generator)
     text = centres + 0.1 / math.sqrt(DIM) * torch.randn(2, DIM, generator=generator)
-    labels = torch.where((truth == 0) & (torch.rand(len(truth), generator=generator) < 0.4), 1, truth)
+    labels = torch.where((truth == 0) & (torch.rand(len(truth), generator=generator) < rate), 1, truth)
     cosines = torch.nn.functional.normalize(images, dim=1) @ torch.nn.functional.normalize(text, dim=1).T
     zero_shot = (cosines / 0.05).softmax(dim=1).gather(1, labels[:, None])[:, 0]
     trust = label_trust(images, text, labels, temperature=0.05)
-    assert roc_auc_score(labels == truth, trust.probability) > roc_auc_score(labels == truth, zero_shot) + 0.01
+    assert roc_auc_score(labels == truth, trust.probability) > roc_auc_score(labels == truth, zero_shot) + gain
     assert trust.noise_rate == pytest.approx(float((labels != truth).float().mean()), abs=0.04)
+
+
+def test_where_no_noise_is_seen_labels_are_ranked_all_the_same(monkeypatch):
+    images, text, truth = made_images()
+    labels = noisy("symmetric", truth, images, rate=0.05)
+    monkeypatch.setattr(module.Evidence, "noise_rate", lambda *_: 0.0)
+    monkeypatch.setattr(module, "TELLING", math.inf)
+    assert roc_auc_score(labels == truth, label_trust(images, text, labels).probability) > 0.97
 
 
 def test_the_anchors_of_a_small_class_are_its_own():

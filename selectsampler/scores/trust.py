@@ -150,7 +150,8 @@ def label_trust(
         temperature = fitted if temperature is None else min(fitted, max(temperature, fitted / FLATTERED))
         evidence = Evidence(data, heads, temperature, unknown, transition, seed)
         transition = likeliest_transition(data, evidence, transition)
-        even = even_transition(classes, evidence.noise_rate(transition)).to(labels.device)
+        rate = max(evidence.noise_rate(transition), 1 / samples)  # at 0 every label would be equally right
+        even = even_transition(classes, rate).to(labels.device)
         by_class = evidence.gain(transition, even) >= TELLING
         judging = transition if by_class else even
         probability = torch.cat(

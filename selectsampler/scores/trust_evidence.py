@@ -68,14 +68,19 @@ class Evidence:
     def _suited(self, posterior: Tensor) -> Tensor:
         """(C, C): the transition matrix that makes the labels likeliest, this being the posterior of true classes.
 
-        A class most of whose labels are of another is one that the evidence errs on: its labels count as right.
+        Confusions that do not stand out share one rate, unless the labels are so much likelier with one for each that
+        it pays by the Bayesian information criterion, as with few classes. A class most of whose labels are of another
+        is one that the evidence errs on: its labels count as right.
         """
         labels, classes = self.data.labels[self.some], self.data.classes
-        transition = even_transition(classes, 0.1).to(labels.device)
-        for _ in range(PASSES):  # each confusion by itself, as what stands out may do so only after some passes
-            counts, variance = _counts(posterior.log(), transition, labels)
-            transition = counts / counts.sum(dim=1, keepdim=True).clamp(min=1e-9)
-        transition = without_chance(counts, variance)
+        each = even_transition(classes, 0.1).to(labels.device)
+        for _ in range(PASSES):  # each by itself, as what stands out may do so only after some passes
+            counts, variance = _counts(posterior.log(), each, labels)
+            each = counts / counts.sum(dim=1, keepdim=True).clamp(min=1e-9)
+        shared = without_chance(counts, variance)
+        gain = _fit(posterior @ each, labels).likelihood - _fit(posterior @ shared, labels).likelihood
+        price = (classes * (classes - 1) - 1) * math.log(len(labels)) / 2
+        transition = each if gain * len(labels) > price else shared
         likely = transition.diagonal() >= transition.amax(dim=1)
         return transition.where(likely[:, None], torch.eye(classes, device=labels.device))
 
