@@ -78,9 +78,7 @@ def main() -> None:
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--per-class", type=int, default=2500, help="images a class, of the pool (%(default)s)")
-    parser.add_argument(
-        "--stored-again", type=int, metavar="QUALITY", help="damaged images are JPEGs (they are pixels)"
-    )
+    parser.add_argument("--stored-again", type=int, metavar="QUALITY", help="as JPEG, after the damage (not at all)")
     arguments = parser.parse_args()
     results = begun(arguments)
     for kinds in arguments.kinds:
@@ -259,7 +257,7 @@ def stays(value: torch.Tensor, damage: np.ndarray) -> dict[str, float]:
 
 def table(results: dict[str, Any]) -> str:
     """The rows as tables: mean over the seeds, and the worst seed in brackets."""
-    quality = results.get("stored_again")
+    quality = results["stored_again"]
     stored = "" if quality is None else f" and then stored as JPEG of quality {quality}"
     lines = [
         f"{results['images']:,} images, a fifth of them damaged{stored}; percent of each kind, mean of the seeds "

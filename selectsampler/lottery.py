@@ -100,7 +100,7 @@ class Lottery:
         """With the chances of whom the drawn lie as far from their neighbours, in the mean, as all that is trusted.
 
         What is safe lies closer, as it is the typical that is surely right. So a sample's chance grows with a power of
-        its distance, the lowest with which the means agree, or `STEEPEST`: 0 where all labels are right.
+        its distance, the lowest with which the means agree, or `STEEPEST`: 0 where all are trusted.
         """
         with progress_bar("select", HALVINGS + 2, unit="try", show=progress) as bar:
             even = self._with_power(0.0)
